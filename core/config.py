@@ -1,0 +1,282 @@
+"""The configuration tree: frozen, one default per field, unknown keys are errors that name the path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+from .stage import QUERY_BLOCK, LayerPolicy
+
+KvDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    """Which model answers."""
+
+    name: str = "embedded"
+    """`embedded`, a Hugging Face id, a local directory, or a path to a .gguf or .safetensors file."""
+    revision: str | None = None
+    """Revision of a Hugging Face id."""
+    max_context_tokens: int = Field(default=3_000_000, gt=0)
+    """Longest context accepted, in tokens; longer ones are refused with CONTEXT_TOO_LONG."""
+    device: Literal["cpu"] = "cpu"
+    """Device of the decode worker."""
+    n_threads: int = Field(default=0, ge=0)
+    """CPU threads of a decode worker, shared by torch and our kernels; 0 takes all cores."""
+    served_names: tuple[str, ...] = ()
+    """Names a batch line's `model` may use besides `name`; empty accepts only `name`."""
+
+
+class AttentionConfig(_Section):
+    """Selection and attention per layer."""
+
+    policies: tuple[LayerPolicy, ...] = (LayerPolicy(attend_rope="none", sink=0, window=0),)
+    """Layer policies; the default keeps every key (dense)."""
+
+    @property
+    def sparse(self) -> bool:
+        return any(not policy.dense for policy in self.policies)
+
+
+class CacheConfig(_Section):
+    """Pages and the decode worker's device bank."""
+
+    page_tokens: int = Field(default=64, ge=8)
+    """Tokens per page; a multiple of 64 where any layer prunes."""
+    kv_dtype: KvDtype = "float32"
+    """Storage format of K and V; rounded once, when appended."""
+    device_pages: int = Field(default=256, gt=0)
+    """Pages (of all layers) that the device bank of attention holds; smaller means more passes."""
+
+
+class WorkerConfig(_Section):
+    """The decode worker's batching."""
+
+    max_rows: int = Field(default=8, gt=0)
+    """Rows decoded together."""
+    prefill_chunk_tokens: int = Field(default=512, gt=0)
+    """Tokens prefilled between two decode steps; chunk ends are rounded to 64-token blocks."""
+    count: int = Field(default=1, gt=0)
+    """Decode workers."""
+    audit_interval: int = Field(default=16, ge=0)
+    """Every n-th decode step samples the attention mass kept (one layer, one head); 0 never."""
+
+
+class StoreConfig(_Section):
+    """The KV store pool."""
+
+    count: int = Field(default=2, gt=0)
+    """Store shards."""
+    replicas: int = Field(default=2, gt=0)
+    """Copies of each page, on different stores."""
+    capacity_bytes: int = Field(default=4 << 30, gt=0)
+    """Bytes of page slots per store shard."""
+    lease_s: float = Field(default=600.0, gt=0)
+    """Longest time a page stays pinned for an owner that does not renew."""
+    timeout_s: float = Field(default=20.0, gt=0)
+    """Deadline of one call to a store."""
+    arena_dir: str = "/dev/shm"
+    """Directory of the shared-memory arena files."""
+
+
+class RetrieverConfig(_Section):
+    """The page retriever (summaries of active contexts)."""
+
+    count: int = Field(default=1, gt=0)
+    """Retriever shards; contexts are spread over them."""
+    remote: bool = False
+    """Score `bounds` and `mean` stages in the retriever instead of inside the worker."""
+    timeout_s: float = Field(default=20.0, gt=0)
+    """Deadline of one call to a retriever."""
+
+
+class GatewayConfig(_Section):
+    """The gRPC gateway and its journal."""
+
+    host: str = "127.0.0.1"
+    """Interface the gateway listens on."""
+    port: int = Field(default=50051, ge=0, le=65535)
+    """TCP port; 0 picks a free one (printed, and written to the state directory)."""
+    state_dir: str = ".longreach"
+    """Directory of the journal, uploaded contexts, results and logs."""
+    max_message_bytes: int = Field(default=8 << 20, gt=0)
+    """Largest gRPC message accepted."""
+    max_line_bytes: int = Field(default=32 << 20, gt=0)
+    """Largest batch line accepted."""
+    max_queued_rows: int = Field(default=100_000, gt=0)
+    """Rows waiting or running; more are refused with QUEUE_FULL."""
+    max_new_tokens: int = Field(default=8192, gt=0)
+    """Upper bound of `max_tokens` of one row."""
+    max_attempts: int = Field(default=5, gt=0)
+    """Times a row is routed again after losing its worker before it fails."""
+    drain_timeout_s: float = Field(default=60.0, gt=0)
+    """On SIGTERM, how long running rows may finish before they are left to the journal."""
+    heartbeat_timeout_s: float = Field(default=15.0, gt=0)
+    """Silence after which a worker counts as lost."""
+
+
+class ClusterConfig(_Section):
+    """How the parts are started."""
+
+    wiring: Literal["ray", "inprocess"] = "ray"
+    """`ray`: parts are actors; `inprocess`: the same parts in the gateway's process."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; none starts a single-node one."""
+    num_cpus: int = Field(default=4, gt=0)
+    """Logical CPUs given to a single-node Ray."""
+    object_store_bytes: int = Field(default=80 << 20, ge=78_643_200)
+    """Ray's own object store; KV never goes through it."""
+    start_timeout_s: float = Field(default=120.0, gt=0)
+    """Deadline for the parts to come up."""
+
+
+class Config(_Section):
+    """The whole tree. Loaded from YAML files (later ones win), then `--set a.b=c`."""
+
+    model: ModelConfig = ModelConfig()
+    attention: AttentionConfig = AttentionConfig()
+    cache: CacheConfig = CacheConfig()
+    worker: WorkerConfig = WorkerConfig()
+    store: StoreConfig = StoreConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.attention.sparse and self.cache.page_tokens % QUERY_BLOCK:
+            raise ValueError(
+                f"cache.page_tokens ({self.cache.page_tokens}) must be a multiple of "
+                f"{QUERY_BLOCK} where a layer prunes"
+            )
+        for i, policy in enumerate(self.attention.policies):
+            if not policy.dense and self.cache.page_tokens % policy.block_tokens:
+                raise ValueError(
+                    f"attention.policies.{i}: the last chunk ({policy.block_tokens}) must divide "
+                    f"cache.page_tokens ({self.cache.page_tokens})"
+                )
+        return self
+
+
+def _nearest(path: tuple[str | int, ...]) -> str:
+    """The closest known key to an unknown one, as a hint."""
+    node: Any = Config
+    for part in path[:-1]:
+        if isinstance(part, int):
+            continue
+        field = node.model_fields.get(part)
+        if field is None:
+            return ""
+        node = field.annotation
+        while not (isinstance(node, type) and issubclass(node, BaseModel)):
+            args = [a for a in getattr(node, "__args__", ()) if a is not Ellipsis]
+            if not args:
+                return ""
+            node = args[0]
+    known = list(node.model_fields)
+    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.4)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _config_error(exc: ValidationError, source: str) -> ConfigError:
+    lines = []
+    for error in exc.errors():
+        path = ".".join(str(part) for part in error["loc"]) or "(top level)"
+        if error["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key{_nearest(error['loc'])}")
+        else:
+            given = "" if isinstance(error["input"], Mapping) else f" (given: {error['input']!r})"
+            lines.append(f"{path}: {error['msg']}{given}")
+    return ConfigError(f"{source}: " + "; ".join(lines), path=lines[0].split(":")[0])
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply_set(tree: dict[str, Any], assignment: str) -> None:
+    """Apply one `a.b.0.c=value`; the value is read as YAML."""
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {assignment!r}: expected a.b.c=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"--set {assignment!r}: the value is not YAML: {exc}") from exc
+    node: Any = tree
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[: depth + 1])
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"--set {here}: no such list entry (it has {len(node)})")
+            if last:
+                node[int(part)] = value
+            else:
+                node = node[int(part)]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                node = node.setdefault(part, {})
+        else:
+            raise ConfigError(f"--set {here}: '{parts[depth - 1]}' has no parts")
+
+
+def load_config(paths: Sequence[str | Path] = (), sets: Sequence[str] = ()) -> Config:
+    """Read YAML files (later win, lists are replaced), then `--set` assignments.
+
+    Raises ConfigError naming the dotted path, or the file that is missing or not YAML.
+    """
+    tree: dict[str, Any] = {}
+    for path in paths:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text())
+        except OSError as exc:
+            raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+        except yaml.YAMLError as exc:
+            raise ConfigError(f"{path}: not valid YAML: {exc}") from exc
+        if loaded is None:
+            continue
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: expected a mapping at the top level")
+        tree = _merge(tree, loaded)
+    if sets:
+        # defaults must be present for a.b.0.c paths to reach list entries
+        tree = _merge(config_dict(_validate(tree, _source(paths))), tree)
+        for assignment in sets:
+            _apply_set(tree, assignment)
+    return _validate(tree, _source(paths) if not sets else "--set")
+
+
+def _source(paths: Sequence[str | Path]) -> str:
+    return ", ".join(str(p) for p in paths) or "configuration"
+
+
+def _validate(tree: dict[str, Any], source: str) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as exc:
+        raise _config_error(exc, source) from exc
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """Plain values (lists, not tuples) for YAML or msgpack."""
+    return cast(dict[str, Any], config.model_dump(mode="json"))

@@ -1,0 +1,80 @@
+"""Content names of pages (DESIGN 1.1): PageKey = sha256(parent key, the page's tokens, recipe)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NewType
+
+import msgpack
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+PageKey = NewType("PageKey", bytes)
+RecipeFingerprint = NewType("RecipeFingerprint", bytes)
+
+ROOT_KEY = PageKey(bytes(32))
+KERNEL_REVISION = 1
+"""Raised whenever a kernel change may alter the bits of computed KV."""
+
+
+class Recipe(BaseModel):
+    """Everything that shapes the KV bytes of a page. Two pages share bytes only if this is equal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_fingerprint: str
+    """Hash of the weights and of the model configuration."""
+    tokenizer_fingerprint: str
+    """Hash of the tokenizer files and of the chat template."""
+    kv_dtype: str
+    """Storage format of K and V: float32, float16 or bfloat16."""
+    n_layers: int
+    """Decoder layers."""
+    n_kv_heads: int
+    """Key-value heads per layer."""
+    head_dim: int
+    """Elements per head."""
+    page_tokens: int
+    """Tokens per page."""
+    attention_fingerprint: str
+    """Hash of the layer policies that prefill ran with (selection shapes later layers' KV)."""
+    rope_fingerprint: str
+    """Hash of RoPE kind, frequencies and scaling."""
+    device_class: str = "cpu"
+    """Kind of device whose kernels computed the KV."""
+    kernel_revision: int = KERNEL_REVISION
+    """Revision of our kernels."""
+    tenant: str = ""
+    """Owner: pages are never shared between tenants."""
+
+    def fingerprint(self) -> RecipeFingerprint:
+        packed = msgpack.packb(sorted(self.model_dump().items()))
+        return RecipeFingerprint(hashlib.sha256(packed).digest())
+
+
+def page_keys(
+    token_ids: Sequence[int] | np.ndarray,
+    recipe: RecipeFingerprint,
+    page_tokens: int,
+    parent: PageKey = ROOT_KEY,
+) -> list[PageKey]:
+    """Keys of the full pages of a token sequence; the last, partial page has no name.
+
+    token_ids: [n_tokens], non-negative, below 2**32. Returns n_tokens // page_tokens keys.
+    """
+    tokens = np.asarray(token_ids, dtype="<u4")
+    keys: list[PageKey] = []
+    for page_index in range(len(tokens) // page_tokens):
+        page = tokens[page_index * page_tokens : (page_index + 1) * page_tokens]
+        digest = hashlib.sha256(parent)
+        digest.update(page.tobytes())
+        digest.update(recipe)
+        parent = PageKey(digest.digest())
+        keys.append(parent)
+    return keys
+
+
+def private_recipe(recipe: RecipeFingerprint, row_id: str) -> RecipeFingerprint:
+    """Recipe of pages made while decoding: they belong to their row alone (DESIGN 6.4)."""
+    return RecipeFingerprint(hashlib.sha256(recipe + b"row:" + row_id.encode()).digest())

@@ -1,0 +1,140 @@
+"""Selection as data (DESIGN 1.3): stages from coarse to fine, and which layers follow which policy.
+
+Source: InfiniteHiP sections 4 and Appendix F (numbers), `reference/infinitehip.md` sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Scorer = Literal["search", "bounds", "mean"]
+Variant = Literal["paper", "authors"]
+SelectRope = Literal["chunk-indexed", "relative", "streaming", "none"]
+AttendRope = Literal["streaming", "none"]
+HeadReduce = Literal["all", "kv-group"]
+
+QUERY_BLOCK = 64
+"""Queries that share one selection; blocks are aligned to absolute positions (DESIGN 6.3)."""
+
+
+class Stage(BaseModel):
+    """One pruning step: splits the surviving tokens into chunks and keeps the best chunks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scorer: Scorer = "search"
+    """How a chunk is scored: `search` (InfiniteHiP), `bounds` (min/max of keys), `mean` (mean key)."""
+    chunk: int = Field(gt=0)
+    """Tokens per chunk."""
+    keep: int = Field(gt=0)
+    """Tokens that leave this stage (a multiple of chunk)."""
+    refresh: int = Field(default=1, gt=0)
+    """Decode steps between recomputations of this stage."""
+    query_stride: int = Field(default=1, gt=0)
+    """Neighbouring queries averaged into one before scoring."""
+    variant: Variant = "authors"
+    """`paper`: first-token probes, score of the final token; `authors`: centre probes, best probe."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage:
+        if self.keep % self.chunk:
+            raise ValueError(f"keep ({self.keep}) must be a multiple of chunk ({self.chunk})")
+        if QUERY_BLOCK % self.query_stride:
+            raise ValueError(f"query_stride ({self.query_stride}) must divide {QUERY_BLOCK}")
+        return self
+
+
+class LayerPolicy(BaseModel):
+    """How a set of layers selects and attends. No stages means dense: every key is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: str = "all"
+    """Layers this policy holds for: `all`, `rest`, `0-2`, `0,1,31` (counted from 0)."""
+    stages: tuple[Stage, ...] = ()
+    """Pruning stages, coarse to fine."""
+    sink: int = Field(default=256, ge=0)
+    """First tokens that are always attended."""
+    window: int = Field(default=1024, ge=0)
+    """Latest tokens that are always attended."""
+    select_rope: SelectRope = "relative"
+    """Positions given to keys and queries while selecting."""
+    attend_rope: AttendRope = "streaming"
+    """Positions given to keys while attending: renumbered (`streaming`) or true (`none`)."""
+    head_reduce: HeadReduce = "all"
+    """One mask for all heads of the layer, or one per KV head."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerPolicy:
+        previous: Stage | None = None
+        for i, stage in enumerate(self.stages):
+            if previous is not None:
+                if previous.chunk % stage.chunk or stage.chunk > previous.chunk:
+                    raise ValueError(
+                        f"stages.{i}.chunk ({stage.chunk}) must divide the previous chunk "
+                        f"({previous.chunk})"
+                    )
+                if stage.keep > previous.keep:
+                    raise ValueError(
+                        f"stages.{i}.keep ({stage.keep}) exceeds what enters it ({previous.keep})"
+                    )
+                if previous.refresh % stage.refresh:
+                    raise ValueError(
+                        f"stages.{i}.refresh ({stage.refresh}) must divide the previous stage's "
+                        f"({previous.refresh}): a stage is recomputed whenever its input is"
+                    )
+            previous = stage
+        if self.stages and self.window < self.stages[0].chunk:
+            raise ValueError(
+                f"window ({self.window}) must be at least the first chunk ({self.stages[0].chunk})"
+            )
+        return self
+
+    @property
+    def dense(self) -> bool:
+        return not self.stages
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of the unit that attention selects; raises on a dense policy."""
+        return self.stages[-1].chunk
+
+
+def parse_layers(spec: str, n_layers: int, taken: set[int]) -> list[int]:
+    """Layer numbers named by a policy's `layers`. Raises ValueError on a malformed spec."""
+    if spec == "all":
+        return list(range(n_layers))
+    if spec == "rest":
+        return [layer for layer in range(n_layers) if layer not in taken]
+    found: list[int] = []
+    for part in spec.split(","):
+        first, _, last = part.strip().partition("-")
+        found += range(int(first), int(last or first) + 1)
+    # a preset written for a deeper model may name layers this one lacks
+    return [layer for layer in found if layer < n_layers]
+
+
+def resolve_policies(policies: tuple[LayerPolicy, ...], n_layers: int) -> tuple[LayerPolicy, ...]:
+    """One policy per layer. Raises ValueError if a layer has none or two."""
+    by_layer: dict[int, LayerPolicy] = {}
+    for policy in sorted(policies, key=lambda p: p.layers == "rest"):
+        for layer in parse_layers(policy.layers, n_layers, set(by_layer)):
+            if layer in by_layer:
+                raise ValueError(f"layer {layer} has two policies; name it once, or use 'rest'")
+            by_layer[layer] = policy
+    missing = [layer for layer in range(n_layers) if layer not in by_layer]
+    if missing:
+        raise ValueError(f"layers {missing} have no policy; add one with layers: rest")
+    return tuple(by_layer[layer] for layer in range(n_layers))
+
+
+def policies_fingerprint(policies: tuple[LayerPolicy, ...]) -> str:
+    """Fingerprint of what shapes prefilled KV: refresh is left out, prefill never caches masks."""
+    dump = [
+        p.model_dump_json(exclude={"stages": {"__all__": {"refresh"}}, "layers": True})
+        for p in policies
+    ]
+    return hashlib.sha256("\n".join(dump).encode()).hexdigest()
