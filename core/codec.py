@@ -26,11 +26,13 @@ def unpack_header(data: bytes | memoryview) -> dict[str, Any]:
         version = data[0] if len(data) else None
         raise InvalidInput(f"wire version {version}, this side speaks {WIRE_VERSION}")
     try:
-        header = msgpack.unpackb(
-            data[1:], raw=False, strict_map_key=False, max_buffer_size=MAX_HEADER_BYTES
-        )
+        # the default limits follow len(data): a short message cannot claim a huge list
+        header = msgpack.unpackb(data[1:], raw=False, strict_map_key=False)
     except Exception as exc:
         raise InvalidInput(f"malformed header: {exc}") from exc
     if not isinstance(header, dict):
         raise InvalidInput(f"header must be a map, got {type(header).__name__}")
+    for key in header:
+        if not isinstance(key, str):
+            raise InvalidInput(f"header keys must be strings, got {type(key).__name__}")
     return header

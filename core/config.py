@@ -17,7 +17,8 @@ KvDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # no infinities: a deadline of .inf would be a wait without end
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -40,7 +41,9 @@ class ModelConfig(_Section):
 class AttentionConfig(_Section):
     """Selection and attention per layer."""
 
-    policies: tuple[LayerPolicy, ...] = (LayerPolicy(attend_rope="none", sink=0, window=0),)
+    policies: tuple[LayerPolicy, ...] = Field(
+        default=(LayerPolicy(attend_rope="none", sink=0, window=0),), min_length=1
+    )
     """Layer policies; the default keeps every key (dense)."""
 
     @property
@@ -248,9 +251,11 @@ def load_config(paths: Sequence[str | Path] = (), sets: Sequence[str] = ()) -> C
     tree: dict[str, Any] = {}
     for path in paths:
         try:
-            loaded = yaml.safe_load(Path(path).read_text())
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as exc:
             raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+        except UnicodeDecodeError as exc:
+            raise ConfigError(f"{path}: not a text file: {exc}") from exc
         except yaml.YAMLError as exc:
             raise ConfigError(f"{path}: not valid YAML: {exc}") from exc
         if loaded is None:

@@ -218,12 +218,20 @@ def _tree(base: type[LongreachError]) -> dict[str, type[LongreachError]]:
 
 
 def _rebuild(name: str, message: str, details: dict[str, Any]) -> LongreachError:
-    return _tree(LongreachError).get(name, InternalError)(message, **details)
+    error = _tree(LongreachError).get(name, InternalError)(message)
+    # not as keywords: a foreign key such as "message" must not break the rebuilding
+    error.details = details
+    return error
 
 
 def error_from_wire(wire: dict[str, Any]) -> LongreachError:
-    """Inverse of `to_wire`; an unknown class name becomes InternalError."""
-    return _rebuild(str(wire.get("error")), str(wire.get("message")), wire.get("details") or {})
+    """Inverse of `to_wire`; an unknown class name becomes InternalError. Never raises."""
+    details = wire.get("details")
+    return _rebuild(
+        str(wire.get("error")),
+        str(wire.get("message", "no message")),
+        {str(k): v for k, v in details.items()} if isinstance(details, dict) else {},
+    )
 
 
 def as_longreach_error(exc: BaseException) -> LongreachError:

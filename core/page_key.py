@@ -10,6 +10,8 @@ import msgpack
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from .errors import InvalidInput
+
 PageKey = NewType("PageKey", bytes)
 RecipeFingerprint = NewType("RecipeFingerprint", bytes)
 
@@ -62,8 +64,17 @@ def page_keys(
     """Keys of the full pages of a token sequence; the last, partial page has no name.
 
     token_ids: [n_tokens], non-negative, below 2**32. Returns n_tokens // page_tokens keys.
+    Raises InvalidInput on any other value: wrapped around it would bear another text's name.
     """
-    tokens = np.asarray(token_ids, dtype="<u4")
+    given = np.asarray(token_ids)
+    if given.size and (
+        given.dtype.kind not in "iu" or int(given.min()) < 0 or int(given.max()) >= 1 << 32
+    ):
+        raise InvalidInput(
+            f"token ids must be integers in [0, 2**32), got {given.dtype} "
+            f"from {given.min()} to {given.max()}"
+        )
+    tokens = given.astype("<u4", copy=False)
     keys: list[PageKey] = []
     for page_index in range(len(tokens) // page_tokens):
         page = tokens[page_index * page_tokens : (page_index + 1) * page_tokens]

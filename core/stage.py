@@ -6,6 +6,7 @@ Source: InfiniteHiP sections 4 and Appendix F (numbers), `reference/infinitehip.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +16,8 @@ Variant = Literal["paper", "authors"]
 SelectRope = Literal["chunk-indexed", "relative", "streaming", "none"]
 AttendRope = Literal["streaming", "none"]
 HeadReduce = Literal["all", "kv-group"]
+
+_LAYERS = re.compile(r"all|rest|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", re.ASCII)
 
 QUERY_BLOCK = 64
 """Queries that share one selection; blocks are aligned to absolute positions (DESIGN 6.3)."""
@@ -69,6 +72,9 @@ class LayerPolicy(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> LayerPolicy:
+        if not _LAYERS.fullmatch(self.layers):
+            raise ValueError(f"layers ({self.layers!r}) must be all, rest, or like 0-2 or 0,1,31")
+        parse_layers(self.layers, n_layers=0, taken=set())
         previous: Stage | None = None
         for i, stage in enumerate(self.stages):
             if previous is not None:
@@ -112,6 +118,8 @@ def parse_layers(spec: str, n_layers: int, taken: set[int]) -> list[int]:
     found: list[int] = []
     for part in spec.split(","):
         first, _, last = part.strip().partition("-")
+        if int(last or first) < int(first):
+            raise ValueError(f"layers {spec!r}: the range {part.strip()} ends before it starts")
         found += range(int(first), int(last or first) + 1)
     # a preset written for a deeper model may name layers this one lacks
     return [layer for layer in found if layer < n_layers]
@@ -120,6 +128,8 @@ def parse_layers(spec: str, n_layers: int, taken: set[int]) -> list[int]:
 def resolve_policies(policies: tuple[LayerPolicy, ...], n_layers: int) -> tuple[LayerPolicy, ...]:
     """One policy per layer. Raises ValueError if a layer has none or two."""
     by_layer: dict[int, LayerPolicy] = {}
+    if sum(policy.layers == "rest" for policy in policies) > 1:
+        raise ValueError("two policies have layers: rest; only one can take the remaining layers")
     for policy in sorted(policies, key=lambda p: p.layers == "rest"):
         for layer in parse_layers(policy.layers, n_layers, set(by_layer)):
             if layer in by_layer:
