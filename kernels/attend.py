@@ -1,0 +1,148 @@
+"""Block sparse attention over segments, with log-sum-exp, and the merge of partials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.stage import LayerPolicy
+from .paged import PagedKV, block_token_ids, gather_tokens
+from .plan import Segment
+from .rope import Rope
+
+
+def attend_segments(
+    q: Tensor,
+    q_start: int,
+    view: PagedKV,
+    segments: Sequence[Segment],
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One normalised attention partial per segment.
+
+    q: [H, Tq, D] unrotated, at positions q_start ...; every page of the segments is present.
+    Returns o [S, H, Tq, D] and lse [S, H, Tq] (base e), float32. A partial has the same bits
+    whichever other segments share the call. A row that sees no key has lse -inf and o 0.
+    """
+    parts = [_attend_segment(q, q_start, view, s, policy, rope, scale) for s in segments]
+    if not parts:
+        return q.new_zeros(0, *q.shape), q.new_zeros(0, *q.shape[:2])
+    return torch.stack([o for o, _ in parts]), torch.stack([lse for _, lse in parts])
+
+
+def key_positions(segment: Segment) -> Tensor:
+    """Positions of a segment's keys counted from its base: int64 [1 or Hkv, n_keys]."""
+    starts = segment.starts if segment.starts.dim() == 2 else segment.starts[None]
+    n_keys = starts.shape[1] * segment.block_tokens
+    if segment.renumbered:
+        return segment.key_start[:, None] + torch.arange(n_keys)
+    tokens = block_token_ids(starts, segment.block_tokens)
+    return segment.key_start[:, None] + tokens - starts[:, :1].clamp(min=0)
+
+
+def visible(segment: Segment, tokens: Tensor, positions: Tensor, policy: LayerPolicy) -> Tensor:
+    """Which keys a query sees, exactly: sink, selected and window never overlap.
+
+    tokens: int64 [..., n] true token ids (-1 = padding); positions: int64 [Tq] true positions.
+    Returns bool [..., Tq, n].
+    """
+    key = tokens[..., None, :]
+    query = positions[:, None]
+    seen = (key >= 0) & (key <= query)
+    if policy.dense:
+        return seen
+    if segment.kind == "window":
+        return seen & (key > query - policy.window)
+    old = seen & (key <= query - policy.window)
+    return old & ((key < policy.sink) if segment.kind == "sink" else (key >= policy.sink))
+
+
+def _attend_segment(
+    q: Tensor,
+    q_start: int,
+    view: PagedKV,
+    segment: Segment,
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    n_heads, n_queries, head_dim = q.shape
+    n_kv_heads = view.n_kv_heads
+    true = torch.arange(q_start, q_start + n_queries)
+    heads_per_base = n_heads // segment.base.numel()
+    query_pos = (true - segment.base[:, None]).repeat_interleave(heads_per_base, dim=0)
+    rows = rope.rotate(q.float(), query_pos).view(n_kv_heads, -1, head_dim) * scale
+    # rows are padded because small library GEMMs have other bits (1 to 11 rows, DESIGN 6.2)
+    n_rows = rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 16 - n_rows)))
+    tokens = block_token_ids(segment.starts, segment.block_tokens)
+    tokens = tokens.masked_fill(tokens > q_start + n_queries - 1, -1)
+    keys = rope.rotate(gather_tokens(view, tokens), key_positions(segment))
+    logits = (rows @ keys.mT)[:, :n_rows].view(n_kv_heads, -1, n_queries, tokens.shape[-1])
+    seen = visible(segment, tokens, true, policy)
+    seen = seen[:, None] if seen.dim() == 3 else seen
+    logits = logits.masked_fill(~seen, -torch.inf)
+    top = logits.amax(dim=-1, keepdim=True)
+    safe_top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = (logits - safe_top).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    padded = torch.nn.functional.pad(weights.flatten(1, 2), (0, 0, 0, max(0, 16 - n_rows)))
+    out = (padded @ gather_tokens(view, tokens, "v"))[:, :n_rows]
+    out = out.view(n_kv_heads, -1, n_queries, head_dim) / total.clamp(min=1e-37)
+    lse = (safe_top + total.log()).squeeze(-1)
+    return out.reshape(n_heads, n_queries, head_dim), lse.reshape(n_heads, n_queries)
+
+
+def merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Combine partials in order: o [S, H, Tq, D], lse [S, H, Tq] -> out [H, Tq, D], lse [H, Tq].
+
+    Rows with lse -inf carry nothing. A row that no partial covers gives out 0 and lse -inf.
+    """
+    top = lse.amax(dim=0)
+    safe_top = top.masked_fill(top == -torch.inf, 0.0)
+    out = torch.zeros_like(o[0])
+    total = torch.zeros_like(safe_top)
+    for partial, partial_lse in zip(o, lse, strict=True):
+        weight = (partial_lse - safe_top).exp()
+        out += weight[..., None] * partial
+        total += weight
+    return out / total.clamp(min=1e-37)[..., None], safe_top + total.log()
+
+
+def mass_kept(
+    q: Tensor,
+    q_pos: int,
+    view: PagedKV,
+    segments: Sequence[Segment],
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+    head: int,
+) -> float:
+    """Audit: share of the dense softmax mass (true positions) on the keys that are attended.
+
+    q: [H, 1, D] unrotated, at position q_pos; head: the query head looked at. All pages of the
+    context must be readable. Reads q_pos + 1 keys of one KV head.
+    """
+    kv_head = head // (q.shape[0] // view.n_kv_heads)
+    one = PagedKV(
+        view.memories,
+        view.memory[kv_head : kv_head + 1],
+        view.row[kv_head : kv_head + 1],
+        view.page_tokens,
+        view.n_tokens,
+    )
+    ids = torch.arange(q_pos + 1)
+    keys = rope.rotate(gather_tokens(one, ids)[0], ids)
+    weights = torch.softmax(keys @ rope.rotate(q[head, 0].float(), q_pos) * scale, dim=0)
+    attended = torch.zeros(q_pos + 1, dtype=torch.bool)
+    for segment in segments:
+        starts = segment.starts if segment.starts.dim() == 1 else segment.starts[kv_head]
+        tokens = block_token_ids(starts, segment.block_tokens)
+        seen = visible(segment, tokens, torch.tensor([q_pos]), policy)[0]
+        attended[tokens[seen]] = True
+    return float(weights[attended].sum())

@@ -1,0 +1,29 @@
+"""The kernels' public names: the one place the engine imports from."""
+
+from __future__ import annotations
+
+from .attend import attend_segments, mass_kept, merge_partials
+from .linear import linear_rows
+from .paged import PagedKV, gather_blocks, gather_tokens
+from .plan import Segment, plan_attend
+from .rope import Rope
+from .select import select_blocks
+from .selection import Selection
+from .summaries import SummarySource, chunk_summaries
+
+__all__ = [
+    "PagedKV",
+    "Rope",
+    "Segment",
+    "Selection",
+    "SummarySource",
+    "attend_segments",
+    "chunk_summaries",
+    "gather_blocks",
+    "gather_tokens",
+    "linear_rows",
+    "mass_kept",
+    "merge_partials",
+    "plan_attend",
+    "select_blocks",
+]

@@ -1,0 +1,90 @@
+"""K and V of one layer of one row, read where they lie: the device bank or mapped arenas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core.errors import InternalError
+
+Which = Literal["k", "v"]
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Where the pages of one layer lie. Reading never depends on which memory holds a page."""
+
+    memories: tuple[Tensor, ...]
+    """Each [n_leaf_rows, 2 (K, V), page_tokens, D] in the KV dtype, contiguous; 0 = device bank."""
+    memory: Tensor
+    """int64 [Hkv, n_pages]: index into memories."""
+    row: Tensor
+    """int64 [Hkv, n_pages]: leaf row inside that memory, -1 = absent."""
+    page_tokens: int
+    n_tokens: int
+    """Valid tokens; later slots of the last page hold garbage, maybe NaN."""
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.row.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.memories[0].shape[-1]
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return self.memories[0].dtype
+
+
+def absent_page(view: PagedKV) -> InternalError:
+    """The error of reading a page that has no row: residency did not bring it near."""
+    return InternalError(
+        f"a page that is needed is absent: {int((view.row < 0).sum())} of {view.row.numel()} "
+        f"leaves have row -1 ({view.n_tokens} tokens); make it resident before the kernel runs"
+    )
+
+
+def gather_tokens(view: PagedKV, token_ids: Tensor, which: Which = "k") -> Tensor:
+    """K or V of single tokens, as float32.
+
+    token_ids: int64 [n] (the same for all KV heads) or [Hkv, n]; ids outside [0, n_tokens) give
+    zeros, so that padding and garbage slots never leak. Returns [Hkv, n, D].
+    Raises InternalError if a page is absent.
+    """
+    n_kv_heads = view.n_kv_heads
+    ids = token_ids.expand(n_kv_heads, -1) if token_ids.dim() == 1 else token_ids
+    valid = (ids >= 0) & (ids < view.n_tokens)
+    safe = ids.masked_fill(~valid, 0)
+    page = safe // view.page_tokens
+    slot = safe % view.page_tokens
+    if page.numel() == 0 or not view.row.shape[1]:
+        return torch.zeros(*ids.shape, view.head_dim)
+    row = view.row.gather(1, page)
+    if bool((row[valid] < 0).any()):
+        raise absent_page(view)
+    memory = view.memory.gather(1, page)
+    out = torch.zeros(*ids.shape, view.head_dim)
+    side = 0 if which == "k" else 1
+    for i, leaves in enumerate(view.memories):
+        here = valid & (memory == i)
+        if bool(here.any()):
+            out[here] = leaves[row[here], side, slot[here]].float()
+    return out
+
+
+def gather_blocks(view: PagedKV, starts: Tensor, block_tokens: int, which: Which = "k") -> Tensor:
+    """K or V of runs of block_tokens tokens. starts: int64 [n] or [Hkv, n], -1 = padding.
+
+    Returns [Hkv, n * block_tokens, D] float32; padding and tokens beyond n_tokens are zeros.
+    """
+    return gather_tokens(view, block_token_ids(starts, block_tokens), which)
+
+
+def block_token_ids(starts: Tensor, block_tokens: int) -> Tensor:
+    """Token ids of blocks: [..., n] -> [..., n * block_tokens]; a start of -1 gives ids of -1."""
+    ids = starts[..., None] + torch.arange(block_tokens)
+    return ids.masked_fill(starts[..., None] < 0, -1).flatten(-2)

@@ -1,0 +1,134 @@
+"""Scores of chunks, on pages, in plain torch: what numba replaces where it is present.
+
+Source: InfiniteHiP Alg 2 and 3, `reference/infinitehip.md` section 3.4. Scores are raw dot
+products; the softmax scale does not change an order and is left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.stage import LayerPolicy, Stage
+from .paged import PagedKV, gather_tokens
+from .rope import Rope
+from .selection import (
+    StagePositions,
+    candidate_end,
+    rotate_queries,
+    stage_positions,
+)
+from .summaries import SummarySource, chunk_summaries
+
+PIECE_ELEMENTS = 1 << 22
+"""Elements of one temporary of the bounds scorer; longer chunk lists are scored in pieces."""
+
+
+def score_chunks(
+    q: Tensor,
+    q_start: int,
+    view: PagedKV,
+    starts: Tensor,
+    stage: Stage,
+    policy: LayerPolicy,
+    rope: Rope,
+    source: SummarySource | None = None,
+) -> Tensor:
+    """Score of every chunk for every query head.
+
+    q: [H, Tq, D] unrotated; starts: int64 [Hsel, C], padded with -1. Returns float32 [H, C]
+    (padding has any value).
+    """
+    positions = stage_positions(
+        policy.select_rope, starts, stage.chunk, q_start, q.shape[1], policy
+    )
+    queries = rotate_queries(q, positions, rope, stage.query_stride)
+    end = candidate_end(q_start, policy)
+    if stage.scorer == "search":
+        return _search(queries, view, starts, stage, positions, rope, end)
+    return _summary(queries, view, starts, stage, positions, rope, end, source)
+
+
+def _search(
+    queries: Tensor,
+    view: PagedKV,
+    starts: Tensor,
+    stage: Stage,
+    positions: StagePositions,
+    rope: Rope,
+    end: int,
+) -> Tensor:
+    """Binary search for each chunk's best token, one descent per query head and chunk."""
+    n_heads = queries.shape[0]
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return x.repeat_interleave(n_heads // x.shape[0], dim=0)
+
+    first = per_query_head(starts)
+    base = per_query_head(positions.key_base)
+
+    def probe(token: Tensor, side: int) -> Tensor:
+        keys = gather_tokens(view, token.reshape(view.n_kv_heads, -1)).view(*token.shape, -1)
+        position = torch.full_like(base, side) if positions.per_side else base
+        if positions.per_token:
+            position = position + (token - first)
+        return (queries @ rope.rotate(keys, position).mT).amax(dim=1)
+
+    left = first
+    right = (first + stage.chunk).clamp(max=end)
+    best = torch.full(first.shape, -torch.inf)
+    single = right - left <= 1
+    for _ in range((stage.chunk - 1).bit_length()):
+        open_ = right - left > 1
+        middle = (left + right) // 2
+        paper = stage.variant == "paper"
+        left_score = probe(left if paper else (left + middle) // 2, 0)
+        right_score = probe(middle if paper else (middle + right) // 2, 1)
+        best = torch.where(open_, torch.maximum(best, torch.maximum(left_score, right_score)), best)
+        go_left = left_score > right_score
+        left, right = (
+            torch.where(open_ & ~go_left, middle, left),
+            torch.where(open_ & go_left, middle, right),
+        )
+    if stage.variant == "paper":
+        return probe(left, 1)
+    return torch.where(single, probe(left, 1), best) if bool(single.any()) else best
+
+
+def _summary(
+    queries: Tensor,
+    view: PagedKV,
+    starts: Tensor,
+    stage: Stage,
+    positions: StagePositions,
+    rope: Rope,
+    end: int,
+    source: SummarySource | None,
+) -> Tensor:
+    """Score of a chunk by its summary, which stands at one position (the chunk's middle token)."""
+    n_kv_heads = view.n_kv_heads
+    kind = "mean" if stage.scorer == "mean" else "bounds"
+    per_kv_head = starts.expand(n_kv_heads, -1)
+    summaries = chunk_summaries(
+        "mean" if kind == "mean" else "bounds", view, per_kv_head, stage.chunk, end, source
+    )
+    position = torch.ones_like(starts) if positions.per_side else positions.key_base
+    if positions.per_token:
+        position = position + (end - starts).clamp(max=stage.chunk) // 2
+    position = position.expand(n_kv_heads, -1)
+    grouped = queries.unflatten(0, (n_kv_heads, -1))  # [Hkv, G, Tp, D]
+    if kind == "mean":
+        keys = rope.rotate(summaries[:, :, 0], position)
+        return (grouped @ keys[:, None].mT).amax(dim=2).flatten(0, 1)
+    # bounds hold for unrotated keys only, so the query is turned back by the key's position
+    n_piece = max(1, PIECE_ELEMENTS // (queries.numel() or 1))
+    scores = []
+    for i in range(0, starts.shape[1], n_piece):
+        turned = rope.rotate(
+            grouped[:, :, :, None], -position[:, None, None, i : i + n_piece]
+        )  # [Hkv, G, Tp, C, D]
+        low = summaries[:, None, None, i : i + n_piece, 0]
+        high = summaries[:, None, None, i : i + n_piece, 1]
+        bound = torch.maximum(turned * low, turned * high).sum(dim=-1)
+        scores.append(bound.amax(dim=2).flatten(0, 1))
+    return torch.cat(scores, dim=1)

@@ -1,0 +1,144 @@
+"""What a query block may select: candidates, stage transitions, positions, top-k.
+
+Source: InfiniteHiP section 4 and `reference/infinitehip.md` sections 3.3, 3.5 and 4. Everything
+here is a function of position and of the stage's input, never of the batch or of the context's end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.stage import HeadReduce, LayerPolicy, SelectRope, Stage
+from .rope import Rope
+
+
+@dataclass
+class Selection:
+    """What one query block selected, and the input of every stage (the mask cache, paper Alg 4).
+
+    Hsel = 1 for head_reduce "all", Hkv for "kv-group". Lists are ascending and unique per head;
+    shorter ones are padded with -1 at the end.
+    """
+
+    inputs: tuple[Tensor | None, ...]
+    """inputs[i]: int64 [Hsel, n_i], chunk starts entering stage i; None for stage 0."""
+    blocks: Tensor
+    """int64 [Hsel, n]: block starts in tokens."""
+    counts: Tensor
+    """int64 [Hsel]: blocks that are not padding."""
+
+
+def overlap_window(policy: LayerPolicy) -> int:
+    """w' of the authors: while selecting the window is one first chunk shorter, so that candidates
+    overlap it and no token is lost between refreshes; attention masks the overlap."""
+    return max(0, policy.window - policy.stages[0].chunk)
+
+
+def candidate_end(q_start: int, policy: LayerPolicy) -> int:
+    """End (exclusive) of the candidate tokens [sink, end) of the query block at q_start."""
+    return max(policy.sink, q_start - overlap_window(policy))
+
+
+def first_chunks(q_start: int, policy: LayerPolicy) -> Tensor:
+    """int64 [n]: all chunk starts of the first stage's grid, which begins after the sinks."""
+    return torch.arange(policy.sink, candidate_end(q_start, policy), policy.stages[0].chunk)
+
+
+def split_chunks(starts: Tensor, chunk: int, child: int, end: int) -> Tensor:
+    """Children (of `child` tokens) of kept chunks; those at or beyond `end` are dropped.
+
+    starts: int64 [Hsel, n] ascending, padded with -1. Returns int64 [Hsel, n * chunk / child],
+    ascending, padded with -1, cut to the longest list.
+    """
+    children = starts[..., None] + torch.arange(0, chunk, child)
+    gone = (starts[..., None] < 0) | (children >= end)
+    # order is kept: only padding and the cut last chunk lose children, both at the end
+    flat = children.masked_fill(gone, -1).flatten(-2)
+    longest = int((flat >= 0).sum(-1).max()) if flat.numel() else 0
+    return flat[:, :longest].contiguous()
+
+
+def top_chunks(starts: Tensor, scores: Tensor, n_keep: int) -> Tensor:
+    """The n_keep best chunks in ascending order; equal scores go to the lower index.
+
+    starts: int64 [Hsel, n] padded with -1; scores: [Hsel, n]. Returns int64 [Hsel, <= n_keep].
+    """
+    scores = scores.masked_fill(starts < 0, -torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :n_keep]
+    return starts.gather(1, order.sort(dim=-1).values)
+
+
+def keeps_all(starts: Tensor, stage: Stage) -> bool:
+    """Whether everything that enters the stage leaves it (no scoring needed: exact)."""
+    return starts.shape[-1] <= stage.keep // stage.chunk
+
+
+def reduce_heads(scores: Tensor, n_kv_heads: int, head_reduce: HeadReduce) -> Tensor:
+    """Maximum over the heads that share a mask: [H, n] -> [1, n] or [Hkv, n] (paper 4, Eq 3)."""
+    if head_reduce == "all":
+        return scores.amax(dim=0, keepdim=True)
+    return scores.unflatten(0, (n_kv_heads, -1)).amax(dim=1)
+
+
+def pool_queries(q: Tensor, stride: int) -> Tensor:
+    """Means of neighbouring queries, after RoPE: [..., Tq, D] -> [..., ceil(Tq / stride), D]."""
+    if stride == 1:
+        return q
+    return torch.stack([group.mean(dim=-2) for group in q.split(stride, dim=-2)], dim=-2)
+
+
+@dataclass(frozen=True)
+class StagePositions:
+    """Positions of queries and keys while one stage is scored (reference section 4)."""
+
+    query: Tensor
+    """int64 [Hsel, Tq]"""
+    key_base: Tensor
+    """int64 [Hsel, C]: position of the chunk's first token, or of the whole chunk."""
+    per_token: bool
+    """Keys advance by one inside a chunk; else a chunk has one position."""
+    per_side: bool
+    """Relative style: left half 0, right half 1, whatever the chunk."""
+
+
+def stage_positions(
+    style: SelectRope, starts: Tensor, chunk: int, q_start: int, n_queries: int, policy: LayerPolicy
+) -> StagePositions:
+    """Positions of one stage.
+
+    starts: int64 [Hsel, C] chunk starts entering the stage, padded with -1.
+
+    - chunk-indexed: a key has its chunk's index, the query min(own, chunks + w'), with the live
+      chunk count of this query block.
+    - relative: left 0, right 1, the query w' + 1.
+    - streaming: entering tokens are renumbered consecutively so that the last one stands where the
+      candidate region ends; the query keeps its own position.
+    - none: true positions.
+    """
+    n_heads, n_chunks = starts.shape
+    own = torch.arange(q_start, q_start + n_queries).expand(n_heads, -1)
+    live = (starts >= 0).sum(dim=-1, keepdim=True)
+    index = torch.arange(n_chunks).expand(n_heads, -1)
+    overlap = overlap_window(policy)
+    if style == "chunk-indexed":
+        return StagePositions(torch.minimum(own, live + overlap), index, False, False)
+    if style == "relative":
+        return StagePositions(
+            torch.full_like(own, overlap + 1), torch.zeros_like(starts), False, True
+        )
+    if style == "streaming":
+        end = candidate_end(q_start, policy)
+        size = (end - starts).clamp(max=chunk).masked_fill(starts < 0, 0)
+        n_live_tokens = size.sum(dim=-1, keepdim=True)
+        # all chunks but the last are whole, so the rank of a chunk's first token is index * chunk
+        return StagePositions(own, end - n_live_tokens + index * chunk, True, False)
+    return StagePositions(own, starts, True, False)
+
+
+def rotate_queries(q: Tensor, positions: StagePositions, rope: Rope, stride: int) -> Tensor:
+    """Rotated and pooled queries: q [H, Tq, D] -> [H, ceil(Tq / stride), D]."""
+    per_head = positions.query.repeat_interleave(q.shape[0] // positions.query.shape[0], dim=0)
+    return pool_queries(rope.rotate(q.float(), per_head), stride)
