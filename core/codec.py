@@ -1,4 +1,4 @@
-"""Bytes on the wire: msgpack headers, page bytes out of band (never pickled, never in the header)."""
+"""Bytes on the wire: msgpack headers; page bytes travel out of band, never pickled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ MAX_HEADER_BYTES = 16 << 20
 
 
 def pack_header(header: dict[str, Any]) -> bytes:
-    """One version byte, then msgpack. Values are plain: str, int, float, bool, bytes, list, dict, None."""
-    return bytes((WIRE_VERSION,)) + msgpack.packb(header, use_bin_type=True)
+    """One version byte, then msgpack.
+
+    Values are plain: str, int, float, bool, bytes, list, dict, None.
+    """
+    packed: bytes = msgpack.packb(header, use_bin_type=True)
+    return bytes((WIRE_VERSION,)) + packed
 
 
 def unpack_header(data: bytes | memoryview) -> dict[str, Any]:

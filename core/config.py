@@ -1,11 +1,11 @@
-"""The configuration tree: frozen, one default per field, unknown keys are errors that name the path."""
+"""The configuration tree: frozen, one default per field; an unknown key names its path."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,7 +25,7 @@ class ModelConfig(_Section):
     """Which model answers."""
 
     name: str = "embedded"
-    """`embedded`, a Hugging Face id, a local directory, or a path to a .gguf or .safetensors file."""
+    """`embedded`, a Hugging Face id, a directory, or the path of a .gguf or .safetensors file."""
     revision: str | None = None
     """Revision of a Hugging Face id."""
     max_context_tokens: int = Field(default=3_000_000, gt=0)
@@ -284,4 +284,4 @@ def _validate(tree: dict[str, Any], source: str) -> Config:
 
 def config_dict(config: Config) -> dict[str, Any]:
     """Plain values (lists, not tuples) for YAML or msgpack."""
-    return cast(dict[str, Any], config.model_dump(mode="json"))
+    return config.model_dump(mode="json")

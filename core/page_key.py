@@ -21,7 +21,7 @@ KERNEL_REVISION = 1
 
 
 class Recipe(BaseModel):
-    """Everything that shapes the KV bytes of a page. Two pages share bytes only if this is equal."""
+    """Everything that shapes the KV bytes of a page; only pages of equal recipes share bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,6 +1,6 @@
-"""Selection as data (DESIGN 1.3): stages from coarse to fine, and which layers follow which policy.
+"""Selection as data (DESIGN 1.3): stages, coarse to fine, and which layers follow which policy.
 
-Source: InfiniteHiP sections 4 and Appendix F (numbers), `reference/infinitehip.md` sections 3 and 4.
+Source: InfiniteHiP (arXiv 2502.08910), section 4 and Appendix F for the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scorer: Scorer = "search"
-    """How a chunk is scored: `search` (InfiniteHiP), `bounds` (min/max of keys), `mean` (mean key)."""
+    """How a chunk is scored: `search` (InfiniteHiP), `bounds` (min/max of keys) or `mean` key."""
     chunk: int = Field(gt=0)
     """Tokens per chunk."""
     keep: int = Field(gt=0)
@@ -39,7 +39,7 @@ class Stage(BaseModel):
     query_stride: int = Field(default=1, gt=0)
     """Neighbouring queries averaged into one before scoring."""
     variant: Variant = "authors"
-    """`paper`: first-token probes, score of the final token; `authors`: centre probes, best probe."""
+    """`paper`: first-token probes, the last one scores; `authors`: centre probes, the best does."""
 
     @model_validator(mode="after")
     def _check(self) -> Stage:

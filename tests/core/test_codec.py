@@ -33,11 +33,10 @@ def test_round_trip(header: dict[str, Any]) -> None:
 def _unpacks_or_is_invalid(data: bytes) -> None:
     try:
         header = unpack_header(data)
-    except InvalidInput as exc:
-        assert exc.message
-    else:
-        assert isinstance(header, dict)
-        assert all(isinstance(key, str) for key in header)
+    except InvalidInput:
+        return
+    assert isinstance(header, dict)
+    assert all(isinstance(key, str) for key in header)
 
 
 @given(st.binary(max_size=200))
