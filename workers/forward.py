@@ -1,0 +1,230 @@
+"""The two attention steps of a forward pass: a prefill chunk of one row, one decode token of many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.stage import QUERY_BLOCK, LayerPolicy
+from ..kernels.ops import (
+    Rope,
+    Segment,
+    Selection,
+    attend_segments,
+    mass_kept,
+    merge_partials,
+    plan_attend,
+    select_blocks,
+)
+from .page_flow import PageFlow
+from .row import Row
+from .scheduler import refresh_level
+
+
+class LayerAttention:
+    """Select, make resident, attend: for one block of queries of one row in one layer."""
+
+    def __init__(self, flow: PageFlow, policies: Sequence[LayerPolicy], rope: Rope) -> None:
+        self.flow = flow
+        self.policies = policies
+        self.rope = rope
+
+    def select(
+        self,
+        layer: int,
+        row: Row,
+        q: Tensor,
+        q_start: int,
+        previous: Selection | None = None,
+        level: int = 0,
+    ) -> Selection | None:
+        """q [H, Tq, D] at absolute positions q_start …; None for a dense policy."""
+        policy = self.policies[layer]
+        if policy.dense:
+            return None
+        started = time.monotonic()
+        view = self.flow.selection_view(layer, row, q_start + q.shape[1])
+        selection = select_blocks(q, q_start, view, policy, self.rope, previous, level)
+        row.stats.seconds_select += time.monotonic() - started
+        return selection
+
+    def segments(
+        self, layer: int, q_start: int, n_queries: int, selection: Selection | None
+    ) -> list[Segment]:
+        page_tokens = self.flow.geometry.page_tokens
+        return plan_attend(q_start, n_queries, selection, self.policies[layer], page_tokens)
+
+    def attend(
+        self,
+        layer: int,
+        row: Row,
+        q: Tensor,
+        q_start: int,
+        segments: Sequence[Segment],
+        scale: float,
+    ) -> Tensor:
+        """Attention over segments in as many passes as the bank needs; q, result [H, Tq, D].
+
+        Partials are merged once, in segment order, so the number of passes never changes the bits.
+        """
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        for group, leaves in self._passes(layer, row, segments):
+            self.flow.make_resident(layer, row, leaves)
+            started = time.monotonic()
+            view = self.flow.bank_view(layer, row, q_start + q.shape[1])
+            out, lse = attend_segments(
+                q, q_start, view, group, self.policies[layer], self.rope, scale
+            )
+            outs.append(out)
+            lses.append(lse)
+            row.stats.attend_passes += 1
+            row.stats.seconds_attend += time.monotonic() - started
+        started = time.monotonic()
+        merged, _ = merge_partials(
+            outs[0] if len(outs) == 1 else torch.cat(outs),
+            lses[0] if len(lses) == 1 else torch.cat(lses),
+        )
+        row.stats.seconds_attend += time.monotonic() - started
+        return merged
+
+    def _passes(
+        self, layer: int, row: Row, segments: Sequence[Segment]
+    ) -> list[tuple[list[Segment], np.ndarray]]:
+        """Consecutive segments whose leaves fit into the bank together, with those leaves."""
+        everything = self._leaves(row, segments)
+        if self.flow.fits(layer, everything):
+            return [(list(segments), everything)]
+        per_segment = [self._leaves(row, [segment]) for segment in segments]
+        passes: list[tuple[list[Segment], np.ndarray]] = []
+        group: list[Segment] = []
+        leaves = np.empty(0, dtype=np.int64)
+        for segment, mine in zip(segments, per_segment, strict=True):
+            together = np.union1d(leaves, mine)
+            if group and not self.flow.fits(layer, together):
+                passes.append((group, leaves))
+                group, together = [], mine
+            group.append(segment)
+            leaves = together
+        passes.append((group, leaves))
+        return passes
+
+    def _leaves(self, row: Row, segments: Sequence[Segment]) -> np.ndarray:
+        """Distinct leaf numbers that segments touch, ascending."""
+        geometry = self.flow.geometry
+        page_ids = np.asarray(row.page_ids, dtype=np.int64)
+        heads = np.arange(geometry.n_kv_heads, dtype=np.int64)[:, None]
+        touched = np.zeros((geometry.n_kv_heads, len(page_ids)), dtype=bool)
+        for segment in segments:
+            starts = segment.starts.numpy()
+            live = starts >= 0
+            for token in (starts, starts + (segment.block_tokens - 1)):
+                # the last run may reach beyond the newest page; nothing is there to fetch
+                pages = np.minimum(token // geometry.page_tokens, len(page_ids) - 1)
+                if starts.ndim == 1:
+                    touched[:, pages[live]] = True
+                else:
+                    head_of = np.broadcast_to(heads, starts.shape)
+                    touched[head_of[live], pages[live]] = True
+        head, page = np.nonzero(touched)
+        return np.sort(page_ids[page] * geometry.n_kv_heads + head)  # type: ignore[no-any-return]
+
+
+class PrefillStep:
+    """Attention of one chunk [start, end) of one row's prompt; start is a multiple of 64."""
+
+    def __init__(self, attention: LayerAttention, row: Row, start: int, end: int) -> None:
+        self._attention = attention
+        self._row = row
+        self._start = start
+        self._end = end
+        self.seconds = 0.0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        started = time.monotonic()
+        attention, row = self._attention, self._row
+        attention.flow.append(layer, row, self._start, k, v)
+        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [T, H, D]
+        for first in range(self._start, self._end, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, self._end)
+            at = slice(first - self._start, last - self._start)
+            block = q[:, at].contiguous()
+            selection = attention.select(layer, row, block, first)
+            segments = attention.segments(layer, first, last - first, selection)
+            merged = attention.attend(layer, row, block, first, segments, scale)
+            out[at] = merged.transpose(0, 1)
+        self.seconds += time.monotonic() - started
+        return out
+
+
+class DecodeStep:
+    """Attention of one new token per row, at position row.n_done; rows never mix."""
+
+    def __init__(self, attention: LayerAttention, rows: Sequence[Row], audit_interval: int) -> None:
+        self._attention = attention
+        self._rows = rows
+        self._audit_interval = audit_interval
+        self.seconds = 0.0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        started = time.monotonic()
+        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [rows, H, D]
+        for i, row in enumerate(self._rows):
+            at = slice(i, i + 1)
+            out[i] = self._row(layer, row, q[:, at], k[:, at], v[:, at], scale)
+        self.seconds += time.monotonic() - started
+        return out
+
+    def _row(self, layer: int, row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        attention = self._attention
+        policy = attention.policies[layer]
+        position = row.n_done
+        attention.flow.append(layer, row, position, k, v)
+        q = q.contiguous()
+        previous = row.selections[layer]
+        level = refresh_level(
+            [s.refresh for s in policy.stages],
+            position,
+            layer,
+            len(attention.policies),
+            first=previous is None,
+        )
+        selection = attention.select(layer, row, q, position, previous, level)
+        row.selections[layer] = selection
+        segments = attention.segments(layer, position, 1, selection)
+        out = attention.attend(layer, row, q, position, segments, scale)
+        if self._audited(layer, row, position):
+            self._audit(layer, row, q, position, segments, scale)
+        return out[:, 0]
+
+    def _audited(self, layer: int, row: Row, position: int) -> bool:
+        """One layer of every audit_interval-th step, walking over layers (deterministic)."""
+        if not self._audit_interval:
+            return False
+        step = position - row.n_prompt
+        if step % self._audit_interval:
+            return False
+        n_layers = len(self._attention.policies)
+        return layer == (position * 7 + step // self._audit_interval) % n_layers
+
+    def _audit(
+        self,
+        layer: int,
+        row: Row,
+        q: Tensor,
+        position: int,
+        segments: Sequence[Segment],
+        scale: float,
+    ) -> None:
+        attention = self._attention
+        started = time.monotonic()
+        view = attention.flow.selection_view(layer, row, position + 1)
+        head = position % q.shape[0]
+        policy, rope = attention.policies[layer], attention.rope
+        row.stats.mass_kept_sum += mass_kept(q, position, view, segments, policy, rope, scale, head)
+        row.stats.mass_kept_n += 1
+        row.stats.seconds_other += time.monotonic() - started

@@ -1,0 +1,136 @@
+"""Model adapter: any dense RoPE decoder of transformers, with our attention and no rotary of its own.
+
+q and k reach us unrotated: the model's rotary module is replaced by an identity, its frequencies and
+scaling are read first. Attention is registered through AttentionInterface (DESIGN 5).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UnsupportedModel
+from ..kernels.ops import Rope, linear_rows
+from .model_source import head_dim_of, load_model_config
+
+_ATTENTION_NAME = "longreach"
+MIN_GEMM_ROWS = 16
+"""Library GEMMs give other bits for a few rows (measured: 1-3, 5-7, 9-11); padded above that."""
+
+
+class AttentionStep(Protocol):
+    """What one forward pass hands to every layer's attention."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [H, T, D], k and v [Hkv, T, D], unrotated, T packed tokens. Returns [T, H, D]."""
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    longreach: AttentionStep | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if longreach is None:
+        raise RuntimeError("the longreach attention needs the keyword `longreach`")
+    out = longreach.attend(int(module.layer_idx), query[0], key[0], value[0], scaling)  # type: ignore[arg-type]
+    return out.unsqueeze(0), None
+
+
+class _IdentityRotary(nn.Module):
+    """Leaves q and k as they are: cos 1, sin 0."""
+
+    def forward(self, x: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.new_ones(1, 1, 1), x.new_zeros(1, 1, 1)
+
+
+class RowLinear(nn.Module):
+    """A linear layer whose result for a row does not depend on the other rows.
+
+    Decode (few rows) runs our own kernel; prefill runs a library GEMM padded to a row count from
+    which its bits no longer change.
+    """
+
+    def __init__(self, source: nn.Linear, mode: dict[str, bool]) -> None:
+        super().__init__()
+        self.weight = source.weight
+        self.bias = source.bias
+        self._mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self._mode["decode"]:
+            out = linear_rows(rows, self.weight, self.bias)
+        elif len(rows) < MIN_GEMM_ROWS:
+            padded = rows.new_zeros(MIN_GEMM_ROWS, rows.shape[1])
+            padded[: len(rows)] = rows
+            out = nn.functional.linear(padded, self.weight, self.bias)[: len(rows)]
+        else:
+            out = nn.functional.linear(rows, self.weight, self.bias)
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class ModelAdapter:
+    """A loaded model: `hidden` runs the decoder with our attention, `logits` its head."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AttentionInterface, AutoModelForCausalLM
+
+        self.config = load_model_config(directory)
+        AttentionInterface.register(_ATTENTION_NAME, _attention)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation=_ATTENTION_NAME
+            )
+        except (OSError, ValueError, RuntimeError) as exc:
+            raise UnsupportedModel(f"{directory}: weights cannot be loaded: {exc}") from exc
+        model.eval().requires_grad_(False)
+        rotary = model.model.rotary_emb
+        self.rope = Rope(rotary.inv_freq.float().clone(), float(rotary.attention_scaling))
+        model.model.rotary_emb = _IdentityRotary()
+        self._mode = {"decode": False}
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, RowLinear(child, self._mode))
+        self._model = model
+        self.n_layers = int(self.config.num_hidden_layers)
+        self.n_heads = int(self.config.num_attention_heads)
+        self.n_kv_heads = int(self.config.num_key_value_heads)
+        self.head_dim = head_dim_of(self.config)
+        self.vocab_size = int(self.config.vocab_size)
+        self.eos_token_ids = _eos_ids(model)
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, step: AttentionStep, *, decode: bool) -> Tensor:
+        """token_ids int64 [T] (packed tokens of one chunk, or one per decoding row) -> [T, hidden]."""
+        self._mode["decode"] = decode
+        out = self._model.model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=torch.zeros(1, len(token_ids), dtype=torch.int64),
+            use_cache=False,
+            longreach=step,
+        )
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, hidden] -> [n, vocab]; always our own kernel, so a row's bits never change."""
+        self._mode["decode"] = True
+        return self._model.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update([eos] if isinstance(eos, int) else (eos or []))
+    return frozenset(ids)

@@ -1,0 +1,37 @@
+"""Ray shell of a page retriever: start, address, health, drain. Work goes over the transport."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from ..core.config import Config
+from ..kvstore.serving import Serving, builder, thread_settings
+
+
+class RetrieverActor:
+    """Builds the retriever service in this process and serves it on a free port of `host`.
+
+    No host takes the node's address, as the other nodes of a cluster see it.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], part_id: str, host: str | None, build: str, fingerprint: str
+    ) -> None:
+        tree = Config.model_validate(config)
+        os.environ.update(thread_settings(1))
+        self._fingerprint = fingerprint
+        host = host or ray.util.get_node_ip_address()
+        node_id = ray.get_runtime_context().get_node_id()
+        self._serving = Serving(lambda: builder(build)(tree, part_id, node_id), host)
+
+    def address(self) -> str:
+        return self._serving.address()
+
+    def health(self) -> dict[str, Any]:
+        return {**self._serving.health(), "fingerprint": self._fingerprint}
+
+    def drain(self, timeout_s: float = 5.0) -> None:
+        self._serving.drain(timeout_s)

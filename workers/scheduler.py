@@ -1,0 +1,70 @@
+"""What the engine does next: admission, one prefill chunk, one decode step (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..core.stage import QUERY_BLOCK, LayerPolicy
+from .row import Row, RowState
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Rows to open, rows that decode one token together, and the row that prefills one chunk."""
+
+    admit: tuple[Row, ...]
+    decode: tuple[Row, ...]
+    prefill: Row | None
+
+
+def plan_step(rows: Sequence[Row], max_rows: int, is_ready: Callable[[Row], bool]) -> StepPlan:
+    """rows in arrival order. `is_ready` tells whether a waiting row's shared page has settled.
+
+    Every decoding row takes part in each decode step; between two decode steps at most one chunk of
+    the earliest prefilling row runs, so a long prefill never starves the others.
+    """
+    active = [r for r in rows if r.state in (RowState.PREFILL, RowState.DECODE, RowState.WAITING)]
+    room = max_rows - len(active)
+    admit = [r for r in rows if r.state is RowState.QUEUED][: max(room, 0)]
+    admit += [r for r in active if r.state is RowState.WAITING and is_ready(r)]
+    prefilling = [r for r in active if r.state is RowState.PREFILL]
+    return StepPlan(
+        admit=tuple(sorted(admit, key=lambda r: r.order)),
+        decode=tuple(r for r in active if r.state is RowState.DECODE),
+        prefill=min(prefilling, key=lambda r: r.order, default=None),
+    )
+
+
+def chunk_end(start: int, n_prompt: int, chunk_tokens: int) -> int:
+    """End of the prefill chunk from `start`: rounded to query blocks, cut only by the prompt's end."""
+    blocks_end = (start + max(chunk_tokens, QUERY_BLOCK)) // QUERY_BLOCK * QUERY_BLOCK
+    return min(n_prompt, max(blocks_end, start + QUERY_BLOCK))
+
+
+def prefill_start(n_prompt: int, n_existing_tokens: int) -> int:
+    """First position to compute: the last block is always recomputed, for the logits."""
+    last_block = (n_prompt - 1) // QUERY_BLOCK * QUERY_BLOCK
+    return min(n_existing_tokens // QUERY_BLOCK * QUERY_BLOCK, last_block)
+
+
+def refresh_level(
+    refreshes: Sequence[int], position: int, layer: int, n_layers: int, first: bool
+) -> int:
+    """First stage to recompute at this position, len(refreshes) if all masks are reused.
+
+    Keyed by absolute position, spread over layers by `layer * interval // n_layers` (DESIGN 6.3).
+    The first decode step refreshes everything.
+    """
+    if first:
+        return 0
+    for stage, interval in enumerate(refreshes):
+        if (position + layer * interval // n_layers) % interval == 0:
+            return stage
+    return len(refreshes)
+
+
+def min_device_pages(policies: Sequence[LayerPolicy], page_tokens: int) -> int:
+    """Smallest bank a row can run with: sink + window + the 8 pages of one group of blocks."""
+    group = 8
+    return max(-(-p.sink // page_tokens) - (-p.window // page_tokens) + group for p in policies)
