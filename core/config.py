@@ -126,6 +126,12 @@ class GatewayConfig(_Section):
     """On SIGTERM, how long running rows may finish before they are left to the journal."""
     heartbeat_timeout_s: float = Field(default=15.0, gt=0)
     """Silence after which a worker counts as lost."""
+    uri_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest silence while a context or a batch is read from a URI."""
+    uri_protocols: tuple[str, ...] = ("file", "http", "https", "s3", "gs")
+    """fsspec protocols that a URI may use; a plain path counts as `file`."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """TCP port of the Prometheus metrics; none serves no metrics, 0 picks a free one."""
 
 
 class ClusterConfig(_Section):
