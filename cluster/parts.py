@@ -58,6 +58,4 @@ def build_worker(
     """One decode worker; loads the model (seconds)."""
     from ..workers.decode_service import DecodeService
 
-    return cast(
-        Service, DecodeService(config, dict(stores), dict(retrievers), worker_id, node_id)
-    )
+    return cast(Service, DecodeService(config, dict(stores), dict(retrievers), worker_id, node_id))

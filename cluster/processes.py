@@ -31,6 +31,14 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
+def environment_of(pid: int) -> list[str]:
+    """The environment the process was started with, as NAME=value; empty if it is gone."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+    except OSError:
+        return []
+
+
 def send_signal(pid: int, signum: int) -> None:
     """Signal a process that may have ended meanwhile."""
     try:
@@ -47,6 +55,13 @@ def accepts_connections(address: str, timeout_s: float = 2.0) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def free_port(host: str) -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def _stat(pid: int) -> list[str]:

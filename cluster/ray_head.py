@@ -23,10 +23,18 @@ from typing import IO, Any
 
 from ..core.config import ClusterConfig
 from ..core.errors import AlreadyServing, DeadlineExceeded, FailedPrecondition, Unavailable
-from .processes import accepts_connections, command_of, send_signal, session_members
+from .processes import (
+    accepts_connections,
+    command_of,
+    environment_of,
+    free_port,
+    send_signal,
+    session_members,
+)
 
 MAX_TEMP_DIR_CHARS = 40
 """Ray adds 66 characters for its sockets; a unix socket path ends at 107."""
+LOOPBACK = "127.0.0.2"
 _POLL_S = 0.05
 
 
@@ -41,6 +49,7 @@ class RayHead:
         self._lock: IO[str] | None = None
         self.temp_dir = _temp_dir(state_dir)
         self.namespace = "longreach-" + _digest(state_dir)
+        self._mark = f"LONGREACH_CLUSTER={self.namespace}"
         self.record: dict[str, Any] = {}
 
     def lock(self) -> None:
@@ -117,13 +126,18 @@ class RayHead:
         ):
             raise FailedPrecondition(f"{self.temp_dir} belongs to another user; remove it")
         (self.temp_dir / "ray_current_cluster").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0"]
+        # the mark is inherited by all of Ray's processes and tells them from strangers later
+        command = ["env", self._mark, sys.executable, "-m", "ray.scripts.scripts"]
+        command += ["start", "--head", "--port=0"]
         command += [
             f"--temp-dir={self.temp_dir}",
             f"--num-cpus={self._n_cpus}",
             f"--object-store-memory={self._config.object_store_bytes}",
             "--include-dashboard=false",
             "--dashboard-agent-listen-port=0",
+            # Ray replaces 127.0.0.1 by an outer address, which a laptop loses with its network
+            f"--node-ip-address={LOOPBACK}",
+            f"--ray-client-server-port={free_port(LOOPBACK)}",
             "--include-log-monitor=false",
             "--disable-usage-stats",
         ]
@@ -174,7 +188,9 @@ class RayHead:
     def _is_ours(self, pid: int) -> bool:
         # a session number may have been given to someone else since the record was written
         command = " ".join(command_of(pid))
-        return str(self.temp_dir) in command or command.startswith("ray::")
+        if str(self.temp_dir) in command or command.startswith("ray::"):
+            return True
+        return self._mark in environment_of(pid)
 
     def _read_record(self) -> dict[str, Any]:
         try:

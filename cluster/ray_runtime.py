@@ -6,6 +6,7 @@ goes over the transport at the addresses the actors publish (DESIGN 1.4).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -62,9 +63,7 @@ class RayRuntime:
             part_id: kind for kind, ids in part_ids(config).items() for part_id in ids
         }
         needed = math.ceil(sum(_CPUS[kind] for kind in self._kinds.values()))
-        self._head = RayHead(
-            config.cluster, Path(state_dir), max(config.cluster.num_cpus, needed)
-        )
+        self._head = RayHead(config.cluster, Path(state_dir), max(config.cluster.num_cpus, needed))
         self._own_head = config.cluster.ray_address is None
         self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s)
         self._create_lock = threading.Lock()
@@ -134,6 +133,11 @@ class RayRuntime:
 
     def restart(self, part_id: str) -> None:
         """Part of PartHost: kill the process; Ray starts the actor again."""
+        for part in self._supervisor.parts():
+            if part.part_id == part_id and part.located and part.located.pid:
+                # a process that hangs does not hear Ray's request to exit
+                send_signal(part.located.pid, signal.SIGKILL)
+                return
         try:
             ray.kill(ray.get_actor(part_id, namespace=self._head.namespace), no_restart=False)
         except (ValueError, RayError) as exc:
@@ -163,11 +167,7 @@ class RayRuntime:
             located = self._wait_located(part_id, deadline)
             self._supervisor.adopt(part_id, self._kinds[part_id], located)
         self._head.note_parts(
-            {
-                p.part_id: p.located.pid
-                for p in self._supervisor.parts()
-                if p.located is not None
-            }
+            {p.part_id: p.located.pid for p in self._supervisor.parts() if p.located is not None}
         )
 
     def _wait_located(self, part_id: str, deadline: float) -> Located:
@@ -217,15 +217,14 @@ class RayRuntime:
 
     def _disconnect(self, keep_parts: bool) -> None:
         if not keep_parts:
-            for part_id in reversed(self._kinds):
-                try:
-                    actor = ray.get_actor(part_id, namespace=self._head.namespace)
-                except ValueError:
-                    continue
-                try:
-                    _ask(actor.drain, 2 * _DRAIN_S, _DRAIN_S)
-                except LongreachError as exc:
-                    log.warning("part did not drain part=%s: %s", part_id, exc.message)
+            actors = []
+            for part_id in self._kinds:
+                with contextlib.suppress(ValueError):
+                    actors.append(ray.get_actor(part_id, namespace=self._head.namespace))
+            drains = [actor.drain.remote(_DRAIN_S) for actor in actors]
+            if drains:
+                ray.wait(drains, num_returns=len(drains), timeout=2 * _DRAIN_S)
+            for actor in actors:
                 ray.kill(actor, no_restart=True)
         ray.shutdown()
 
@@ -238,10 +237,10 @@ class RayRuntime:
                 send_signal(pid, signal.SIGKILL)
 
 
-def _ask(method: Any, timeout_s: float, *args: Any) -> Any:
+def _ask(method: Any, timeout_s: float) -> Any:
     """Result of an actor method. Raises Unavailable, DeadlineExceeded; RayTaskError is passed."""
     try:
-        return ray.get(method.remote(*args), timeout=max(timeout_s, 0.1))
+        return ray.get(method.remote(), timeout=max(timeout_s, 0.1))
     except RayTaskError:
         raise
     except GetTimeoutError as exc:
