@@ -54,7 +54,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-
 class _ChatMessage(_Strict):
     role: str
     content: str | list[dict[str, Any]]
@@ -261,9 +260,7 @@ def _our_row(values: dict[str, Any], config: Config) -> RowSpec:
 def _openai_row(values: dict[str, Any], config: Config) -> RowSpec:
     line = _OpenAiLine.model_validate(values)
     if line.method != "POST":
-        raise BatchLineError(
-            f"method: '{line.method}' is not supported, only POST", field="method"
-        )
+        raise BatchLineError(f"method: '{line.method}' is not supported, only POST", field="method")
     kind = _URLS.get(line.url)
     if kind is None:
         raise BatchLineError(

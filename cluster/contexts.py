@@ -40,9 +40,7 @@ class ContextRecord:
 class ContextStore:
     """Thread-safe. A context exists once its bytes are on disk and the journal notes it."""
 
-    def __init__(
-        self, journal: JournalFile, max_bytes: int, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, journal: JournalFile, max_bytes: int, clock: Clock | None = None) -> None:
         self._journal = journal
         self._clock = clock or SystemClock()
         self._dir = journal.state_dir / "contexts"

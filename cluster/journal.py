@@ -6,12 +6,10 @@ queued or running, in the same transaction that writes its result line.
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.clock import Clock, SystemClock
 from ..core.errors import AlreadyExists, NotFound
@@ -35,7 +33,22 @@ class NewRow:
 
 
 @dataclass(frozen=True)
+class RowEnd:
+    """The end of a row and its result line."""
+
+    row_id: str
+    state: RowState
+    result: str
+    error: str = ""
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    decoded_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class JobRecord:
+    """A job and its counts."""
+
     job_id: str
     name: str
     state: JobState
@@ -221,33 +234,30 @@ class Journal(JournalFile):
         )
         return str(found[0]["context_id"]) if found else None
 
-    def end_row(
-        self,
-        row_id: str,
-        state: RowState,
-        result: str,
-        *,
-        error: str = "",
-        prompt_tokens: int = 0,
-        reused_tokens: int = 0,
-        decoded_tokens: int = 0,
-    ) -> bool:
-        """Write the end and the result line together. False if the row had ended before."""
-        self.tokens.forget(row_id)
+    def end_row(self, end: RowEnd) -> bool:
+        """False if the row had ended before; then nothing changes."""
+        return self.end_rows((end,)) == 1
+
+    def end_rows(self, ends: Sequence[RowEnd]) -> int:
+        """Write ends and result lines together, in order. How many rows had not ended before."""
+        n_ended = 0
         with self.transaction() as db:
-            changed = db.execute(
-                "UPDATE rows SET state = ?, spec = NULL, error = ?, prompt_tokens = ?,"
-                " reused_tokens = ?, n_tokens = MAX(n_tokens, ?), ended_s = ?"
-                f" WHERE row_id = ? AND state IN {OPEN_STATES}",
-                (
-                    *(state.value, error, prompt_tokens, reused_tokens, decoded_tokens),
-                    *(self._clock.wall_s(), row_id),
-                ),
-            ).rowcount
-            if changed:
-                self._insert_result(db, row_id, result)
-                db.execute("DELETE FROM tokens WHERE row_id = ?", (row_id,))
-        return changed == 1
+            for end in ends:
+                self.tokens.forget(end.row_id)
+                changed = db.execute(
+                    "UPDATE rows SET state = ?, spec = NULL, error = ?, prompt_tokens = ?,"
+                    " reused_tokens = ?, n_tokens = MAX(n_tokens, ?), ended_s = ?"
+                    f" WHERE row_id = ? AND state IN {OPEN_STATES}",
+                    (
+                        *(end.state.value, end.error, end.prompt_tokens, end.reused_tokens),
+                        *(end.decoded_tokens, self._clock.wall_s(), end.row_id),
+                    ),
+                ).rowcount
+                if changed:
+                    self._insert_result(db, end.row_id, end.result)
+                    db.execute("DELETE FROM tokens WHERE row_id = ?", (end.row_id,))
+                n_ended += changed
+        return n_ended
 
     def results(self, job_id: str, offset: int, limit: int) -> list[tuple[int, str, str]]:
         """(position, custom_id, line) in the order rows ended."""
@@ -327,8 +337,3 @@ def _batches(rows: Iterable[NewRow], size: int) -> Iterator[list[NewRow]]:
             batch = []
     if batch:
         yield batch
-
-
-def compact_json(value: dict[str, Any]) -> str:
-    """One line of JSON; text stays readable UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -53,13 +53,12 @@ def parse_sampling(values: Mapping[str, Any], max_new_tokens: int) -> Sampling:
     """
     given = {key: value for key, value in values.items() if value is not None}
     longer = given.pop("max_completion_tokens", None)
-    if longer is not None:
-        if given.setdefault("max_tokens", longer) != longer:
-            raise SamplingError(
-                f"max_tokens ({given['max_tokens']}) and max_completion_tokens ({longer}) differ; "
-                "give one",
-                field="max_tokens",
-            )
+    if longer is not None and given.setdefault("max_tokens", longer) != longer:
+        raise SamplingError(
+            f"max_tokens ({given['max_tokens']}) and max_completion_tokens ({longer}) differ; "
+            "give one",
+            field="max_tokens",
+        )
     if isinstance(given.get("stop"), str):
         given["stop"] = (given["stop"],)
     elif isinstance(given.get("stop"), list):
@@ -70,9 +69,7 @@ def parse_sampling(values: Mapping[str, Any], max_new_tokens: int) -> Sampling:
         first = exc.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else "sampling"
         shown = repr(first["input"])
-        raise SamplingError(
-            f"{field}: {first['msg']} (given: {shown[:80]})", field=field
-        ) from exc
+        raise SamplingError(f"{field}: {first['msg']} (given: {shown[:80]})", field=field) from exc
     if sampling.max_tokens > max_new_tokens:
         raise SamplingError(
             f"max_tokens: {sampling.max_tokens} exceeds gateway.max_new_tokens ({max_new_tokens})",

@@ -65,9 +65,7 @@ class Intake:
                 self._contexts.release(hold)
         return Submission(job_id, existed=False)
 
-    def _rows(
-        self, job_id: str, path: Path, n_open_rows: int, hold: set[str]
-    ) -> Iterator[NewRow]:
+    def _rows(self, job_id: str, path: Path, n_open_rows: int, hold: set[str]) -> Iterator[NewRow]:
         limit = self._config.gateway.max_queued_rows
         n_rows = 0
         with open(path, "rb") as spooled:

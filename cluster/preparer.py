@@ -1,0 +1,153 @@
+"""From a row's spec to tokens that a worker can run: read the context, tokenize, check limits."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..core.config import Config
+from ..core.page_key import PageKey
+from ..kvstore.page import PageGeometry
+from .contexts import ContextStore
+from .journal import Journal
+from .plan import RowSize, check_row
+from .row import RowSpec
+from .uri import read_uri
+
+
+class Prompt(Protocol):
+    """What a prompt builder makes (workers/prompt.py)."""
+
+    token_ids: np.ndarray
+    n_context_tokens: int
+
+
+class PromptBuilder(Protocol):
+    """The tokenizer's side (workers/prompt.py). Used from many threads."""
+
+    def build(self, context: str, question: str, answer_prefix: str = "") -> Any: ...
+
+    def build_messages(self, messages: list[dict[str, Any]], answer_prefix: str = "") -> Any: ...
+
+    def page_keys(self, prompt: Any) -> list[PageKey]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row ready to be routed. token_ids: little-endian uint32 bytes [n_prompt_tokens]."""
+
+    token_ids: bytes
+    n_prompt_tokens: int
+    n_context_tokens: int
+    keys: tuple[PageKey, ...]
+
+
+class Preparer:
+    """Thread-safe."""
+
+    def __init__(
+        self,
+        config: Config,
+        journal: Journal,
+        contexts: ContextStore,
+        prompts: PromptBuilder,
+        geometry: PageGeometry,
+    ) -> None:
+        self._config = config
+        self._journal = journal
+        self._contexts = contexts
+        self._prompts = prompts
+        self._geometry = geometry
+        self._uri_locks: dict[str, tuple[threading.Lock, int]] = {}
+        self._uri_lock = threading.Lock()
+
+    def read_uri(self, uri: str) -> str:
+        """Text at a URI, for a row that is not journaled. Raises UnreadableUri, ContextTooLong."""
+        hold: set[str] = set()
+        try:
+            return self._contexts.text(self.import_uri(uri, "row", hold))
+        finally:
+            self._contexts.release(hold)
+
+    def import_uri(self, uri: str, source: str, hold: set[str] | None = None) -> str:
+        """Read a URI into the context store; its context_id."""
+        gateway = self._config.gateway
+        chunks = read_uri(
+            uri,
+            max_bytes=self._contexts.max_bytes,
+            timeout_s=gateway.uri_timeout_s,
+            protocols=gateway.uri_protocols,
+        )
+        try:
+            return self._contexts.add(chunks, source, hold).context_id
+        finally:
+            chunks.close()
+
+    def prepare(self, spec: RowSpec, row_id: str | None = None) -> Prepared:
+        """row_id: of a journaled row, whose URI is bound to what was read first.
+
+        Raises the InvalidInput family, NotFound (context), UnreadableUri.
+        """
+        if spec.messages:
+            messages = [message.model_dump() for message in spec.messages]
+            return self._check(spec, self._prompts.build_messages(messages, spec.answer_prefix))
+        context = self._context(spec, row_id)
+        return self._check(spec, self._prompts.build(context, spec.question, spec.answer_prefix))
+
+    def _check(self, spec: RowSpec, prompt: Prompt) -> Prepared:
+        token_ids = np.ascontiguousarray(prompt.token_ids, dtype="<u4")
+        keys = tuple(self._prompts.page_keys(prompt))
+        check_row(
+            RowSize(
+                spec.custom_id,
+                len(token_ids),
+                prompt.n_context_tokens,
+                spec.sampling.max_tokens,
+                keys,
+            ),
+            self._config,
+            self._geometry,
+        )
+        return Prepared(token_ids.tobytes(), len(token_ids), prompt.n_context_tokens, keys)
+
+    def _context(self, spec: RowSpec, row_id: str | None) -> str:
+        if spec.context is not None:
+            return spec.context
+        if spec.context_id is not None:
+            return self._contexts.text(spec.context_id)
+        assert spec.context_uri is not None
+        if row_id is None:
+            return self.read_uri(spec.context_uri)
+        # one reader per URI: rows of one job share what the first one read, also after a restart
+        with self._alone(f"{row_id.rpartition('.')[0]} {spec.context_uri}"):
+            hold: set[str] = set()
+            try:
+                context_id = self._journal.bound_context(row_id)
+                if context_id is None:
+                    context_id = self.import_uri(spec.context_uri, "row", hold)
+                self._journal.bind_context(
+                    row_id, context_id, self._contexts.get(context_id).n_bytes
+                )
+            finally:
+                self._contexts.release(hold)
+        return self._contexts.text(context_id)
+
+    @contextmanager
+    def _alone(self, name: str) -> Any:
+        with self._uri_lock:
+            lock, users = self._uri_locks.get(name, (threading.Lock(), 0))
+            self._uri_locks[name] = (lock, users + 1)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._uri_lock:
+                lock, users = self._uri_locks[name]
+                if users == 1:
+                    del self._uri_locks[name]
+                else:
+                    self._uri_locks[name] = (lock, users - 1)
