@@ -52,7 +52,6 @@ class JobAccepted:
     job_id: str
     rows: tuple[JobRow, ...]
     n_done: int = 0
-    n_cancelled: int = 0
     cancelling: bool = False
     started: bool = False
 
@@ -62,14 +61,6 @@ class JobCancelled:
     """Raises AlreadyEnded or NotFound where it cannot be done."""
 
     job_id: str
-
-
-@dataclass(frozen=True)
-class RowProgressed:
-    """`score` grows whenever the row gets further: prompt tokens prefilled plus tokens made."""
-
-    row_id: str
-    score: int
 
 
 @dataclass(frozen=True)
@@ -107,16 +98,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = (
-    JobAccepted
-    | JobCancelled
-    | RowProgressed
-    | RowEnded
-    | RowLost
-    | SlotsChanged
-    | Drained
-    | Tick
-)
+Event = JobAccepted | JobCancelled | RowEnded | RowLost | SlotsChanged | Drained | Tick
 
 
 # actions
@@ -178,7 +160,6 @@ class _Job:
     order: int
     n_open: int
     n_done: int = 0
-    n_cancelled: int = 0
     started: bool = False
     cancelling: bool = False
     queued: deque[str] = field(default_factory=deque)
@@ -223,8 +204,6 @@ class JobBook:
                 self._accept(event, actions)
             case JobCancelled(job_id):
                 self._cancel(job_id, actions)
-            case RowProgressed(row_id, score):
-                self._progress(row_id, score)
             case RowEnded(row_id, state):
                 self._end(row_id, state, actions)
             case RowLost(row_id, full):
@@ -238,13 +217,22 @@ class JobBook:
         self._fill(now_s, actions)
         return actions
 
+    def note_progress(self, row_id: str, score: int) -> None:
+        """`score` grows when the row gets further: prompt tokens prefilled plus tokens made.
+
+        Beside `handle`, since it comes with every token and never leads to an action.
+        """
+        row = self._rows.get(row_id)
+        if row is not None and score > row.score:
+            row.score = score
+            row.n_losses = 0
+
     def _accept(self, event: JobAccepted, actions: list[Action]) -> None:
         job = _Job(
             event.job_id,
             self._n_accepted,
             len(event.rows),
             event.n_done,
-            event.n_cancelled,
             event.started,
             event.cancelling,
         )
@@ -285,12 +273,6 @@ class JobBook:
             actions.append(EndRow(row_id, RowState.CANCELLED))
             self._count_end(row_id, RowState.CANCELLED)
 
-    def _progress(self, row_id: str, score: int) -> None:
-        row = self._rows.get(row_id)
-        if row is not None and score > row.score:
-            row.score = score
-            row.n_losses = 0
-
     def _end(self, row_id: str, state: RowState, actions: list[Action]) -> None:
         if row_id not in self._running:
             return
@@ -328,7 +310,6 @@ class JobBook:
         job = self._rows.pop(row_id).job
         job.n_open -= 1
         job.n_done += state == RowState.DONE
-        job.n_cancelled += state == RowState.CANCELLED
 
     def _finish_if_over(self, job: _Job, actions: list[Action]) -> None:
         if job.n_open or job.job_id not in self._jobs:

@@ -60,6 +60,8 @@ class JobRecord:
     prompt_tokens: int
     reused_tokens: int
     decoded_tokens: int
+    ended_decoded_tokens: int
+    """Of these, tokens of rows that have ended."""
 
 
 @dataclass(frozen=True)
@@ -155,21 +157,37 @@ class Journal(JournalFile):
         return n_rows
 
     def set_job_state(self, job_id: str, state: JobState) -> None:
-        stamp = {JobState.RUNNING: ", started_s = ?"}.get(state, ", ended_s = ?" * state.ended)
-        values = [state.value, *([self._clock.wall_s()] if stamp else []), job_id]
+        """An ended job stays as it is, and a job ends only when all its rows have."""
+        stamp, guard = "", ""
+        values: list[str | float] = [state.value]
+        if state == JobState.RUNNING or state.ended:
+            stamp = ", ended_s = ?" if state.ended else ", started_s = ?"
+            values.append(self._clock.wall_s())
+        if state.ended:
+            guard = (
+                " AND NOT EXISTS (SELECT 1 FROM rows WHERE rows.job_id = jobs.job_id"
+                f" AND rows.state IN {OPEN_STATES})"
+            )
         with self.transaction() as db:
             db.execute(
                 f"UPDATE jobs SET state = ?{stamp} WHERE job_id = ?"
-                " AND state NOT IN ('completed', 'failed', 'cancelled')",
-                values,
+                f" AND state NOT IN ('completed', 'failed', 'cancelled'){guard}",
+                (*values, job_id),
             )
 
     def job(self, job_id: str) -> JobRecord:
         """Raises NotFound."""
-        found = self.read("SELECT * FROM jobs WHERE job_id = ?", (job_id,))
-        if not found or found[0]["state"] == "submitting":
-            raise NotFound(f"no job '{job_id}'", job_id=job_id)
-        return self._record(found[0])
+        self.job_state(job_id)
+        return self._record(self.read("SELECT * FROM jobs WHERE job_id = ?", (job_id,))[0])
+
+    def job_state(self, job_id: str) -> JobState:
+        """Raises NotFound."""
+        found = self.read(
+            "SELECT state FROM jobs WHERE job_id = ? AND state != 'submitting'", (job_id,)
+        )
+        if not found:
+            raise NotFound(f"no job '{job_id:.80}'", job_id=job_id[:80])
+        return JobState(found[0]["state"])
 
     def jobs(self, limit: int, active_only: bool = False) -> list[JobRecord]:
         """Newest first."""
@@ -300,13 +318,15 @@ class Journal(JournalFile):
     def _record(self, job: sqlite3.Row) -> JobRecord:
         counts = {state: 0 for state in RowState}
         sums = [0, 0, 0]
+        ended_decoded = 0
         for row in self.read(
             "SELECT state, COUNT(*), SUM(prompt_tokens), SUM(reused_tokens), SUM(n_tokens)"
             " FROM rows WHERE job_id = ? GROUP BY state",
             (job["job_id"],),
         ):
             counts[RowState(row["state"])] = row[1]
-            sums = [total + value for total, value in zip(sums, row[2:], strict=False)]
+            sums = [total + value for total, value in zip(sums, row[2:], strict=True)]
+            ended_decoded += row[4] if RowState(row["state"]).ended else 0
         return JobRecord(
             job["job_id"],
             job["name"],
@@ -315,6 +335,7 @@ class Journal(JournalFile):
             *(job["created_s"], job["started_s"], job["ended_s"]),
             counts,
             *sums,
+            ended_decoded,
         )
 
     def _forget_unaccepted(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .jobs import JobRow
 
@@ -71,7 +71,7 @@ class Snapshot:
 class JobProgress:
     """Counts of one open job. Not thread-safe."""
 
-    def __init__(self, rows: Iterable[JobRow]) -> None:
+    def __init__(self, rows: Sequence[JobRow]) -> None:
         self._active: dict[str, RowProgress] = {}
         self._work: dict[str, tuple[float, int]] = {}
         seen: set[str] = set()
@@ -83,6 +83,7 @@ class JobProgress:
             self._work[row.row_id] = (fresh, row.max_tokens)
         self._specs = {row.row_id: row for row in rows}
         self._prefilled_ended = 0
+        self._computed_ended = 0
         self._decoded_ended = 0
         self._n_ended = 0
         self._work_ended = 0.0
@@ -109,27 +110,31 @@ class JobProgress:
         fresh, max_tokens = self._work.pop(row_id, (0.0, 0))
         self._n_ended += 1
         if row is not None:
-            self._prefilled_ended += row.total
+            self._prefilled_ended += row.prefilled
+            self._computed_ended += row.prefilled - row.reused
             self._decoded_ended += row.decoded
             max_tokens = row.decoded
         self._work_ended += fresh + DECODE_WEIGHT * max_tokens
 
-    def snapshot(self, now_s: float) -> Snapshot:
-        active = tuple(self._active.values())
-        prefilled = self._prefilled_ended + sum(row.prefilled for row in active)
-        reused = sum(row.reused for row in active)
-        decoded = self._decoded_ended + sum(row.decoded for row in active)
-        self._prefill_rate.add(now_s, prefilled - reused)
-        self._decode_rate.add(now_s, decoded)
+    def sample(self, now_s: float) -> None:
+        """Note where the job is now; rates come from what was noted."""
+        active = self._active.values()
+        computed = self._computed_ended + sum(row.prefilled - row.reused for row in active)
+        self._prefill_rate.add(now_s, computed)
+        self._decode_rate.add(now_s, self._decoded_ended + sum(row.decoded for row in active))
         done = self._work_ended + sum(self._done(row) for row in active)
         self._work_rate.add(now_s, done)
+
+    def snapshot(self, now_s: float) -> Snapshot:
+        self.sample(now_s)
+        active = tuple(replace(row) for row in self._active.values())
         rate = self._work_rate.rate(now_s)
         left = self._left()
         eta_s = left / rate if rate > 0 else (0.0 if left <= 0 else -1.0)
         return Snapshot(
             active,
-            prefilled,
-            decoded,
+            self._prefilled_ended + sum(row.prefilled for row in active),
+            self._decoded_ended + sum(row.decoded for row in active),
             max(0.0, self._prefill_rate.rate(now_s)),
             max(0.0, self._decode_rate.rate(now_s)),
             eta_s,
