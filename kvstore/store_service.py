@@ -269,10 +269,11 @@ class StoreService:
             sizes = [buffer.nbytes for buffer in buffers]
             raise InvalidInput(f"write wants one page of {self.geometry.page_nbytes} B: {sizes}")
         begun = self._begin_store(header)
-        if isinstance(begun, OpenWrite):
-            np.copyto(self._arena.slots[begun.page.slot], np.frombuffer(buffers[0], np.uint8))
-            begun = self._finish_store(begun.write_id, begun.owner, _seconds(header))
-        return Reply({"incarnation": self.incarnation, "held": _located(begun)})
+        if isinstance(begun, HeldPage):
+            return Reply({"held": _located(begun), "duplicate": True})
+        np.copyto(self._arena.slots[begun.page.slot], np.frombuffer(buffers[0], np.uint8))
+        page = self._finish_store(begun.write_id, begun.owner, _seconds(header))
+        return Reply({"held": _located(page), "duplicate": page is not begun.page})
 
     def _touch(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         keys = _keys(header)

@@ -1,0 +1,90 @@
+"""The memories a worker reads pages from: mapped arenas of stores on its node, and private slots for
+pages that came from elsewhere."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.page_key import PageKey
+from .page import Bytes, Checksums, PageGeometry
+
+PRIVATE_SLOTS = 256
+"""Page slots per private memory; memory is only taken as slots are used."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PageHandle:
+    """Where a worker finds a page that it holds. Valid until its row is released.
+
+    Leaf i of the page is row `first_leaf_row + i` of `memories[memory]` seen as
+    [n_leaf_rows, leaf_nbytes]. checksums: uint64 [n_leaves].
+    """
+
+    key: PageKey
+    memory: int
+    first_leaf_row: int
+    checksums: Checksums
+    store_id: str
+
+
+class ClientMemory:
+    """`memories`: uint8 [n_bytes] arrays, only ever appended to. Thread-safe."""
+
+    def __init__(self, geometry: PageGeometry) -> None:
+        self.geometry = geometry
+        self.memories: list[Bytes] = []
+        self._arenas: dict[str, int] = {}
+        self._private: list[int] = []
+        self._free: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
+
+    def index_of(self, incarnation: str) -> int | None:
+        """Index of the arena of a store's incarnation, if it is mapped."""
+        return self._arenas.get(incarnation)
+
+    def add(self, incarnation: str, slots: Bytes) -> int:
+        """A mapped arena, uint8 [n_slots, page_nbytes]. Returns its index."""
+        with self._lock:
+            if incarnation not in self._arenas:
+                self.memories.append(slots.reshape(-1))
+                self._arenas[incarnation] = len(self.memories) - 1
+            return self._arenas[incarnation]
+
+    def page(self, memory: int, slot: int) -> Bytes:
+        """uint8 [page_nbytes], a view."""
+        n_bytes = self.geometry.page_nbytes
+        return self.memories[memory][slot * n_bytes : (slot + 1) * n_bytes]
+
+    def handle(
+        self, key: PageKey, memory: int, slot: int, checksums: Checksums, store_id: str
+    ) -> PageHandle:
+        return PageHandle(key, memory, slot * self.geometry.n_leaves, checksums, store_id)
+
+    def slot_of(self, handle: PageHandle) -> int:
+        return handle.first_leaf_row // self.geometry.n_leaves
+
+    def is_private(self, memory: int) -> bool:
+        return memory in self._private
+
+    def take_private(self) -> tuple[int, int]:
+        """(memory, slot) of a free private slot; a further private memory is made when needed."""
+        with self._lock:
+            if not self._free:
+                mapped = mmap.mmap(-1, PRIVATE_SLOTS * self.geometry.page_nbytes)
+                self.memories.append(np.frombuffer(mapped, np.uint8))
+                memory = len(self.memories) - 1
+                self._private.append(memory)
+                self._free = [(memory, slot) for slot in reversed(range(PRIVATE_SLOTS))]
+            return self._free.pop()
+
+    def give_back_private(self, memory: int, slot: int) -> None:
+        with self._lock:
+            self._free.append((memory, slot))
+
+    def n_private_used(self) -> int:
+        with self._lock:
+            return len(self._private) * PRIVATE_SLOTS - len(self._free)

@@ -1,0 +1,158 @@
+"""Which row holds which pages at a client, so that one call frees all of them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from dataclasses import dataclass, field
+
+from ..core.page_key import PageKey
+from .client_memory import ClientMemory, PageHandle
+from .page import Checksums
+from .store_link import StoreLink
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """What one row holds. `owner` names its leases at the stores and is never used twice."""
+
+    name: str
+    owner: str
+    handles: dict[PageKey, PageHandle] = field(default_factory=dict)
+    pinned_at: set[StoreLink] = field(default_factory=set)
+    n_users: int = 0
+    released: bool = False
+    lost: bool = False
+
+
+class RowTable:
+    """Thread-safe. A row that is released while calls on it are running is cleaned up by the last
+    of them."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._rows: dict[str, Row] = {}
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def enter(self, name: str) -> Row:
+        """The row, made if need be; pair with `leave`."""
+        with self._lock:
+            row = self._rows.get(name)
+            if row is None:
+                owner = f"{self._owner}/{name}/{next(self._numbers)}"
+                row = self._rows[name] = Row(name, owner)
+            row.n_users += 1
+            return row
+
+    def leave(self, row: Row) -> bool:
+        """True: the caller was the last user of a released row and must clean it up."""
+        with self._lock:
+            row.n_users -= 1
+            return row.released and not row.n_users
+
+    def remove(self, name: str) -> Row | None:
+        """The row if the caller must clean it up now; None if there is none or it is in use."""
+        with self._lock:
+            row = self._rows.pop(name, None)
+            if row is None:
+                return None
+            row.released = True
+            return None if row.n_users else row
+
+    def note(self, row: Row, handle: PageHandle, link: StoreLink | None) -> None:
+        """The row holds this page, pinned at that store (None: a private copy)."""
+        with self._lock:
+            row.handles[handle.key] = handle
+            if link is not None:
+                row.pinned_at.add(link)
+
+    def note_pin(self, row: Row, link: StoreLink) -> None:
+        with self._lock:
+            row.pinned_at.add(link)
+
+    def holding(self, key: PageKey) -> list[Row]:
+        with self._lock:
+            return [row for row in self._rows.values() if key in row.handles]
+
+    def get(self, name: str) -> Row | None:
+        return self._rows.get(name)
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return list(self._rows)
+
+    def owners_by_link(self) -> dict[StoreLink, dict[str, Row]]:
+        with self._lock:
+            found: dict[StoreLink, dict[str, Row]] = {}
+            for row in self._rows.values():
+                for link in row.pinned_at:
+                    found.setdefault(link, {})[row.owner] = row
+            return found
+
+
+@dataclass(eq=False, slots=True)
+class _PrivatePage:
+    handle: PageHandle
+    owners: set[str]
+
+
+class PrivatePages:
+    """Pages in private slots, shared by the rows that hold them. Thread-safe."""
+
+    def __init__(self, memory: ClientMemory) -> None:
+        self._memory = memory
+        self._pages: dict[PageKey, _PrivatePage] = {}
+        self._spoiled: list[_PrivatePage] = []
+        self._lock = threading.Lock()
+
+    def share(self, key: PageKey, owner: str) -> PageHandle | None:
+        with self._lock:
+            page = self._pages.get(key)
+            if page is None:
+                return None
+            page.owners.add(owner)
+            return page.handle
+
+    def keep(
+        self,
+        key: PageKey,
+        memory: int,
+        slot: int,
+        checksums: Checksums,
+        store_id: str,
+        owner: str,
+    ) -> PageHandle:
+        """A filled slot becomes the copy of its page, unless another thread was first."""
+        with self._lock:
+            page = self._pages.get(key)
+            if page is None:
+                handle = self._memory.handle(key, memory, slot, checksums, store_id)
+                page = self._pages[key] = _PrivatePage(handle, set())
+            else:
+                self._memory.give_back_private(memory, slot)
+            page.owners.add(owner)
+            return page.handle
+
+    def spoil(self, handle: PageHandle) -> None:
+        """The bytes went bad: nobody else gets this copy; its slot is free when its rows are."""
+        with self._lock:
+            page = self._pages.get(handle.key)
+            if page is not None and page.handle is handle:
+                self._spoiled.append(self._pages.pop(handle.key))
+
+    def release(self, owner: str) -> None:
+        with self._lock:
+            for key, page in list(self._pages.items()):
+                page.owners.discard(owner)
+                if not page.owners:
+                    del self._pages[key]
+                    self._free(page)
+            for page in list(self._spoiled):
+                page.owners.discard(owner)
+                if not page.owners:
+                    self._spoiled.remove(page)
+                    self._free(page)
+
+    def _free(self, page: _PrivatePage) -> None:
+        self._memory.give_back_private(page.handle.memory, self._memory.slot_of(page.handle))

@@ -1,0 +1,279 @@
+"""One store as a client sees it: its channel, its mapped arena, and whether it can be trusted now."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
+
+from ..core.clock import Clock
+from ..core.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    LongreachError,
+    StoreUnreachable,
+    Unavailable,
+    error_from_wire,
+)
+from ..core.page_key import PageKey, RecipeFingerprint
+from .arena import Arena
+from .client_memory import ClientMemory
+from .page import Bytes, Checksums, PageGeometry, checksums_from_wire, checksums_to_wire
+from .transport import Buffer, Reply, connect
+
+logger = logging.getLogger(__name__)
+
+COOL_DOWN_S = 2.0
+MAX_COOL_DOWN_S = 30.0
+HELLO_TIMEOUT_S = 2.0
+"""A store that failed must answer this fast before real work is given to it again."""
+MAX_REPLY_BYTES = 4 << 20
+"""Bound on the checksums in one reply header."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Copy:
+    """A page held by a store. memory: index of the mapped arena, None if only the wire reaches it."""
+
+    memory: int | None
+    slot: int
+    checksums: Checksums
+    recipe: RecipeFingerprint
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Hello:
+    incarnation: str
+    memory: int | None
+
+
+class StoreLink:
+    """Thread-safe. Every call has a deadline; a failure starts a cool-down and becomes
+    StoreUnreachable."""
+
+    def __init__(
+        self,
+        store_id: str,
+        address: str,
+        memory: ClientMemory,
+        node_id: str,
+        timeout_s: float,
+        force_wire: bool,
+        clock: Clock,
+    ) -> None:
+        self.store_id = store_id
+        self.address = address
+        self.n_failures = 0
+        self.closed = False
+        self._memory = memory
+        self._node_id = node_id
+        self._timeout_s = timeout_s
+        self._force_wire = force_wire
+        self._clock = clock
+        self._channel = connect(address)
+        self._hello: _Hello | None = None
+        self._hello_lock = threading.Lock()
+        self._down_until_s = float("-inf")
+        self._n_failures_in_a_row = 0
+        page_wire_bytes = memory.geometry.n_leaves * 8 + 64
+        self._keys_per_call = max(1, MAX_REPLY_BYTES // page_wire_bytes)
+
+    @property
+    def live(self) -> bool:
+        return not self.closed and self._clock.monotonic_s() >= self._down_until_s
+
+    @property
+    def mapped(self) -> bool:
+        """Whether pages of this store are read in place. Raises StoreUnreachable."""
+        return self._ready().memory is not None
+
+    @property
+    def greeted(self) -> bool:
+        return self._hello is not None
+
+    def greet(self) -> None:
+        """Learns where the store's pages are. Raises StoreUnreachable."""
+        self._ready()
+
+    @property
+    def near(self) -> bool:
+        """Whether the store is known to be mapped; asks nobody."""
+        hello = self._hello
+        return hello is not None and hello.memory is not None
+
+    def close(self) -> None:
+        self.closed = True
+        self._channel.close()
+
+    def call(
+        self,
+        method: str,
+        header: dict[str, Any],
+        buffers: Sequence[Buffer] = (),
+        *,
+        timeout_s: float | None = None,
+        n_attempts: int = 1,
+    ) -> Reply:
+        """n_attempts above 1 only for requests that may be repeated."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        retrying = Retrying(
+            stop=stop_after_attempt(n_attempts),
+            wait=wait_fixed(0.05),
+            retry=retry_if_exception_type(Unavailable),
+            reraise=True,
+        )
+        try:
+            reply = retrying(self._channel.call, method, header, buffers, timeout_s=timeout_s)
+        except (Unavailable, DeadlineExceeded) as exc:
+            raise self._failed(method, exc) from exc
+        self._n_failures_in_a_row = 0
+        return reply
+
+    def lookup(self, keys: Sequence[PageKey]) -> list[bool]:
+        reply = self.call("lookup", {"keys": list(keys)}, n_attempts=2)
+        return [bool(held) for held in reply.header["held"]]
+
+    def prepare_load(
+        self, keys: Sequence[PageKey], owner: str, lease_s: float
+    ) -> list[Copy | None]:
+        """Pins pages for in-place reading; the caller verifies the bytes it maps."""
+        copies: list[Copy | None] = []
+        for first in range(0, len(keys), self._keys_per_call):
+            part = list(keys[first : first + self._keys_per_call])
+            header = {"keys": part, "owner": owner, "lease_s": lease_s, "verify": False}
+            pages, memory = self._call_on_pages("prepare_load", header, n_attempts=2)
+            copies += [self._copy(page, memory) if page is not None else None for page in pages]
+        return copies
+
+    def read(
+        self, keys: Sequence[PageKey], owner: str, lease_s: float
+    ) -> Iterator[tuple[PageKey, Copy, memoryview]]:
+        """Pages over the wire, those that are held. They stay pinned until `release(owner)`."""
+        header = {"keys": list(keys), "owner": owner, "lease_s": lease_s}
+        try:
+            with self._channel.stream("read", header, idle_timeout_s=self._timeout_s) as stream:
+                for key, reply in zip(keys, stream, strict=False):
+                    if reply.header["found"]:
+                        copy = self._copy(reply.header, None)
+                        yield key, copy, memoryview(reply.buffers[0])
+        except (Unavailable, DeadlineExceeded) as exc:
+            raise self._failed("read", exc) from exc
+
+    def store(
+        self,
+        key: PageKey,
+        parent_key: PageKey,
+        recipe: RecipeFingerprint,
+        checksums: Checksums,
+        page: Bytes,
+        owner: str,
+        lease_s: float,
+    ) -> Copy:
+        """Writes one page: into the mapped slot, else over the wire. Returns the copy that the
+        store holds now, which is another writer's if that one was first. It is pinned."""
+        entry = {
+            "key": key,
+            "parent": parent_key,
+            "recipe": recipe,
+            "checksums": checksums_to_wire(checksums),
+        }
+        lease = {"owner": owner, "lease_s": lease_s}
+        if not self.mapped:
+            reply = self.call("write", {**entry, **lease}, [page.data])
+            return self._copy(reply.header["held"], None, bool(reply.header["duplicate"]))
+        (begun,), memory = self._call_on_pages("prepare_store", {"pages": [entry], **lease})
+        if "failed" in begun:
+            raise error_from_wire(begun["failed"])
+        if "held" in begun:
+            return self._copy(begun["held"], memory, duplicate=True)
+        assert memory is not None
+        np.copyto(self._memory.page(memory, begun["slot"]), page)
+        (done,), memory = self._call_on_pages(
+            "complete_store", {"writes": [begun["write_id"]], **lease}
+        )
+        if "failed" in done:
+            raise error_from_wire(done["failed"])
+        copy = self._copy(done["held"], memory)
+        same_slot = copy.slot == begun["slot"]
+        return copy if same_slot else self._copy(done["held"], memory, duplicate=True)
+
+    def report_corrupt(self, key: PageKey, slot: int) -> None:
+        self.call("report_corrupt", {"key": key, "slot": slot}, n_attempts=2)
+
+    def release(self, owner: str) -> None:
+        """Best effort: a store that cannot be reached lets the lease run out."""
+        if self.live:
+            self.call("release", {"owner": owner}, timeout_s=min(self._timeout_s, HELLO_TIMEOUT_S))
+
+    def renew(self, owners: list[str], lease_s: float) -> list[str]:
+        """Owners whose lease had ended at the store."""
+        reply = self.call("renew", {"owners": owners, "lease_s": lease_s}, n_attempts=2)
+        return [str(owner) for owner in reply.header["ended"]]
+
+    def _ready(self) -> _Hello:
+        hello = self._hello
+        if hello is not None:
+            return hello
+        with self._hello_lock:
+            if self._hello is None:
+                timeout_s = min(self._timeout_s, HELLO_TIMEOUT_S)
+                reply = self.call("hello", {}, timeout_s=timeout_s, n_attempts=2)
+                self._hello = self._map(reply.header)
+            return self._hello
+
+    def _map(self, header: dict[str, Any]) -> _Hello:
+        incarnation = str(header["incarnation"])
+        geometry = PageGeometry.from_dict(header["geometry"])
+        if geometry != self._memory.geometry:
+            error = FailedPrecondition(
+                f"store {self.store_id} holds pages of {geometry}, this worker's are "
+                f"{self._memory.geometry}; give each model its own stores"
+            )
+            raise self._failed("hello", error) from error
+        if self._force_wire or header["node_id"] != self._node_id:
+            return _Hello(incarnation, None)
+        mapped = self._memory.index_of(incarnation)
+        if mapped is not None:
+            return _Hello(incarnation, mapped)
+        try:
+            arena = Arena.open(header["arena"], geometry, int(header["n_slots"]))
+        except FailedPrecondition as exc:
+            # the same node by name, but another mount of the arena directory (a container)
+            logger.warning("store %s is read over the wire: %s", self.store_id, exc.message)
+            return _Hello(incarnation, None)
+        return _Hello(incarnation, self._memory.add(incarnation, arena.slots))
+
+    def _call_on_pages(
+        self, method: str, header: dict[str, Any], n_attempts: int = 1
+    ) -> tuple[list[Any], int | None]:
+        """The reply's pages and the memory that their slots belong to. Slots mean nothing in
+        another incarnation's arena, so a store that restarted is greeted again."""
+        for _ in range(2 if method == "prepare_load" else 1):
+            hello = self._ready()
+            reply = self.call(method, header, n_attempts=n_attempts)
+            if reply.header["incarnation"] == hello.incarnation:
+                return reply.header["pages"], hello.memory
+            with self._hello_lock:
+                if self._hello is hello:
+                    self._hello = None
+        raise StoreUnreachable(f"store {self.store_id} restarted during {method}; try again")
+
+    def _copy(self, page: dict[str, Any], memory: int | None, duplicate: bool = False) -> Copy:
+        checksums = checksums_from_wire(page["checksums"], self._memory.geometry)
+        return Copy(memory, page["slot"], checksums, RecipeFingerprint(page["recipe"]), duplicate)
+
+    def _failed(self, method: str, exc: LongreachError) -> StoreUnreachable:
+        self.n_failures += 1
+        self._n_failures_in_a_row += 1
+        pause_s = min(COOL_DOWN_S * 2 ** (self._n_failures_in_a_row - 1), MAX_COOL_DOWN_S)
+        self._down_until_s = self._clock.monotonic_s() + pause_s
+        # greeted anew before it is used again: it may be another incarnation
+        self._hello = None
+        logger.warning("store %s skipped for %.0f s: %s", self.store_id, pause_s, exc.message)
+        return StoreUnreachable(f"store {self.store_id} at {self.address}: {method}: {exc.message}")

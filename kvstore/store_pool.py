@@ -1,0 +1,124 @@
+"""The stores a client knows now. Membership may change at any time, from any thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..core.clock import Clock
+from ..core.errors import LongreachError
+from ..core.page_key import PageKey
+from .client_memory import ClientMemory
+from .placement import rendezvous
+from .store_link import StoreLink
+
+logger = logging.getLogger(__name__)
+
+COUNTERS = (
+    "pages_stored",
+    "pages_loaded",
+    "bytes_written",
+    "bytes_read_inplace",
+    "bytes_read_wire",
+    "corrupt_detected",
+    "replica_reads",
+    "duplicate_stores",
+    "mismatched_duplicates",
+    "pages_repaired",
+    "leases_lost",
+)
+
+
+class Counters:
+    """Named totals that many threads add to."""
+
+    def __init__(self) -> None:
+        self._totals: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            self._totals.update(amounts)
+
+    def snapshot(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._totals)
+
+
+@dataclass(eq=False)
+class StorePool:
+    """Links by store id. The dict is replaced, never changed, so readers need no lock."""
+
+    memory: ClientMemory
+    node_id: str
+    timeout_s: float
+    force_wire: bool
+    clock: Clock
+    links: dict[str, StoreLink] = field(default_factory=dict)
+    _n_failures_before: int = 0
+    _unreleased: list[tuple[StoreLink, str]] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def update(self, addresses: Mapping[str, str]) -> None:
+        """The stores are these now. A store whose address is unchanged keeps its link."""
+        with self._lock:
+            before = self.links
+            self.links = {
+                store_id: before[store_id]
+                if store_id in before and before[store_id].address == address
+                else StoreLink(
+                    store_id,
+                    address,
+                    self.memory,
+                    self.node_id,
+                    self.timeout_s,
+                    self.force_wire,
+                    self.clock,
+                )
+                for store_id, address in addresses.items()
+            }
+            gone = [link for link in before.values() if link not in self.links.values()]
+            self._n_failures_before += sum(link.n_failures for link in gone)
+            self._unreleased = [(link, o) for link, o in self._unreleased if link not in gone]
+        for link in gone:
+            link.close()
+
+    def live(self) -> dict[str, StoreLink]:
+        """Stores not in a cool-down."""
+        return {store_id: link for store_id, link in self.links.items() if link.live}
+
+    def live_or_all(self) -> dict[str, StoreLink]:
+        """When every store failed lately, trying is better than giving up."""
+        return self.live() or dict(self.links)
+
+    def rank(self, key: PageKey, links: Mapping[str, StoreLink]) -> list[StoreLink]:
+        """All of these stores in the key's order of preference."""
+        return [links[store_id] for store_id in rendezvous(key, links, len(links))]
+
+    def release(self, links: Iterable[StoreLink], owner: str) -> None:
+        """Frees an owner's pins; what cannot be told now is told later."""
+        for link in links:
+            try:
+                told = link.live
+                link.release(owner)
+            except LongreachError:
+                told = False
+            if not told and not link.closed:
+                with self._lock:
+                    self._unreleased.append((link, owner))
+
+    def release_again(self) -> None:
+        with self._lock:
+            waiting, self._unreleased = self._unreleased, []
+        for link, owner in waiting:
+            self.release([link], owner)
+
+    def n_failures(self) -> int:
+        return self._n_failures_before + sum(link.n_failures for link in self.links.values())
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.close()
