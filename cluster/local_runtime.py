@@ -36,12 +36,14 @@ class LocalRuntime:
         self._lock = threading.RLock()
         self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s)
         self._started = False
+        self._geometry: dict[str, Any] = {}
 
     def start(self, epoch: int) -> None:
         if self._started:
             raise FailedPrecondition("this runtime has been started before; build a new one")
         self._started = True
         try:
+            self._geometry = builder(self._parts.geometry)(self._config)
             for kind, ids in part_ids(self._config).items():
                 for part_id in ids:
                     self._kinds[part_id] = kind
@@ -89,12 +91,25 @@ class LocalRuntime:
         build = builder(getattr(self._parts, kind))
         with self._lock:
             args: tuple[Any, ...] = (self._config, part_id, NODE_ID)
+            if kind == "store":
+                args += (self._geometry,)
             if kind == "worker":
                 args += (self._addresses("store"), self._addresses("retriever"))
+                args += (lambda exc: self._on_fatal(part_id, exc),)
             service = build(*args)
             self._services[part_id] = service
             name = f"{self._prefix}/{part_id}-{next(_serial)}"
             self._servers[part_id] = serve(service, name)
+
+    def _on_fatal(self, part_id: str, exc: BaseException) -> None:
+        log.error("part failed part=%s: %s", part_id, exc)
+
+        def renew() -> None:
+            # not in the caller's thread: it belongs to the part that is to be ended
+            self.restart(part_id)
+            self._supervisor.fail(part_id)
+
+        threading.Thread(target=renew, name=f"renew {part_id}", daemon=True).start()
 
     def _addresses(self, kind: PartKind) -> dict[str, str]:
         return {i: s.address for i, s in self._servers.items() if self._kinds[i] == kind}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from ..core.config import Config, config_dict
 from ..kvstore.transport import Service
@@ -23,6 +23,8 @@ class Parts:
     store: str = "longreach.cluster.parts:build_store"
     retriever: str = "longreach.cluster.parts:build_retriever"
     worker: str = "longreach.cluster.parts:build_worker"
+    geometry: str = "longreach.cluster.parts:page_geometry"
+    """What the stores are told of the model's pages; runs in the process that starts the parts."""
 
 
 def fingerprint(config: Config, parts: Parts) -> str:
@@ -33,12 +35,27 @@ def fingerprint(config: Config, parts: Parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_store(config: Config, store_id: str, node_id: str) -> Service:
-    """One KV store shard behind the transport."""
-    from ..kvstore.store_service import StoreService
+def page_geometry(config: Config) -> dict[str, Any]:
+    """Shape of the model's pages. Seconds, and much memory: reading a model needs its library."""
     from ..workers.model_source import model_geometry
 
-    return cast(Service, StoreService(config, model_geometry(config), store_id, node_id))
+    return dict(model_geometry(config).to_dict())
+
+
+def build_store(
+    config: Config, store_id: str, node_id: str, geometry: Mapping[str, Any]
+) -> Service:
+    """One KV store shard behind the transport."""
+    from ..kvstore.page import PageGeometry
+    from ..kvstore.store_service import StoreService
+
+    return StoreService(
+        store_id,
+        node_id,
+        config.store.arena_dir,
+        PageGeometry.from_dict(dict(geometry)),
+        config.store.capacity_bytes,
+    )
 
 
 def build_retriever(config: Config, retriever_id: str, node_id: str) -> Service:
@@ -54,8 +71,12 @@ def build_worker(
     node_id: str,
     stores: Mapping[str, str],
     retrievers: Mapping[str, str],
+    on_fatal: Callable[[BaseException], None],
 ) -> Service:
-    """One decode worker; loads the model (seconds)."""
+    """One decode worker; loads the model (seconds). `on_fatal` is told when its engine is dead."""
     from ..workers.decode_service import DecodeService
 
-    return cast(Service, DecodeService(config, dict(stores), dict(retrievers), worker_id, node_id))
+    return cast(
+        Service,
+        DecodeService(config, dict(stores), dict(retrievers), worker_id, node_id, on_fatal),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -41,10 +42,8 @@ def environment_of(pid: int) -> list[str]:
 
 def send_signal(pid: int, signum: int) -> None:
     """Signal a process that may have ended meanwhile."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signum)
-    except ProcessLookupError:
-        pass
 
 
 def accepts_connections(address: str, timeout_s: float = 2.0) -> bool:

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from ..core.errors import (
     LongreachError,
     Unavailable,
 )
+from ..kvstore.arena import sweep
+from ..kvstore.serving import builder
 from ..kvstore.store_actor import StoreActor
 from ..kvstore.transport import Channel
 from ..workers.decode_actor import DecodeActor
@@ -67,6 +70,7 @@ class RayRuntime:
         self._own_head = config.cluster.ray_address is None
         self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s)
         self._create_lock = threading.Lock()
+        self._geometry: dict[str, Any] = {}
         self._connected = False
         self._stopped = False
 
@@ -76,9 +80,13 @@ class RayRuntime:
         deadline = time.monotonic() + self._config.cluster.start_timeout_s
         self._head.lock()
         try:
-            address = self._config.cluster.ray_address
-            if address is None:
-                address = self._head.start_or_adopt(_left(deadline, "start Ray"))
+            with ThreadPoolExecutor(1) as beside:
+                # both take seconds: reading the model's shape, starting Ray
+                geometry = beside.submit(builder(self._parts.geometry), self._config)
+                address = self._config.cluster.ray_address
+                if address is None:
+                    address = self._head.start_or_adopt(_left(deadline, "start Ray"))
+                self._geometry = geometry.result(_left(deadline, "read the model's shape"))
             self._connect(address)
             self._drop_surplus()
             for kind in ("store", "retriever", "worker"):
@@ -111,6 +119,7 @@ class RayRuntime:
             self._end_processes(pids)
             if self._own_head:
                 self._head.stop()
+            sweep(self._config.store.arena_dir)  # of stores that were killed
         self._head.unlock()
 
     def locate(self, part_id: str, timeout_s: float) -> Located:
@@ -189,6 +198,8 @@ class RayRuntime:
             getattr(self._parts, kind),
             self._fingerprint,
         ]
+        if kind == "store":
+            args.append(self._geometry)
         if kind == "worker":
             args += [self._supervisor.addresses("store"), self._supervisor.addresses("retriever")]
         options = {
@@ -246,6 +257,8 @@ def _ask(method: Any, timeout_s: float) -> Any:
     except GetTimeoutError as exc:
         raise DeadlineExceeded(f"actor did not answer within {timeout_s:.1f} s") from exc
     except RayError as exc:
+        if getattr(exc, "actor_init_failed", False):
+            raise InternalError(f"actor cannot be constructed: {exc}") from exc
         raise Unavailable(f"actor is not up: {type(exc).__name__}") from exc
 
 

@@ -32,10 +32,6 @@ class Serving:
         self._failure: LongreachError | None = None
         try:
             self._service = build()
-            if hasattr(self._service, "on_fatal"):
-                # a restarted process is the only state known to be good; actor retries would go
-                # to the same broken one
-                self._service.on_fatal = exit_now
             self._server = serve(self._service, f"tcp://{host}:0")
         except Exception as exc:
             log.exception("part could not be built")
@@ -60,8 +56,12 @@ class Serving:
             close()
 
 
-def exit_now(reason: str = "fatal error") -> None:
-    """End this process at once, without clean-up that could hang; it is started again."""
+def exit_now(reason: object = "fatal error") -> None:
+    """End this process at once, without clean-up that could hang; it is started again.
+
+    For a broken engine: a new process is the only state known to be good, and retries of actor
+    calls would go to the same broken one.
+    """
     log.critical("exiting: %s", reason)
     os._exit(EXIT_FATAL)
 

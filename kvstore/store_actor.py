@@ -1,51 +1,44 @@
-"""Ray shell of a store: start, address, health, drain. Pages never go through these calls.
-
-A plain class: cluster/ray_runtime.py wraps it with ray.remote, tests use it as it is.
-"""
+"""Ray shell of a KV store: start, address, health, drain. Pages never go through these calls."""
 
 from __future__ import annotations
 
-import atexit
+import os
 from typing import Any
 
-from .page import PageGeometry
-from .store_service import StoreService
-from .transport import serve
+import ray
+
+from ..core.config import Config
+from .serving import Serving, builder, thread_settings
 
 
 class StoreActor:
-    """Starts a store's server in its constructor.
+    """Builds the store service in this process and serves it on a free port of `host`.
 
-    geometry is PageGeometry.to_dict(): plain values cross the actor boundary.
+    No host takes the node's address, as the other nodes of a cluster see it. `geometry` is that of
+    the model's pages: a store neither loads a model nor the libraries that read one.
     """
 
     def __init__(
         self,
-        store_id: str,
-        node_id: str,
-        arena_dir: str,
+        config: dict[str, Any],
+        part_id: str,
+        host: str | None,
+        build: str,
+        fingerprint: str,
         geometry: dict[str, Any],
-        capacity_bytes: int,
-        address: str = "tcp://127.0.0.1:0",
-        faults: bool = False,
     ) -> None:
-        self._service = StoreService(
-            store_id,
-            node_id,
-            arena_dir,
-            PageGeometry.from_dict(geometry),
-            capacity_bytes,
-            faults=faults,
-        )
-        self._server = serve(self._service, address)
-        # an actor that is killed leaves its arena to the next store's sweep; one that exits does not
-        atexit.register(self._service.close)
+        tree = Config.model_validate(config)
+        os.environ.update(thread_settings(1))
+        self._fingerprint = fingerprint
+        host = host or ray.util.get_node_ip_address()
+        node_id = ray.get_runtime_context().get_node_id()
+        self._serving = Serving(lambda: builder(build)(tree, part_id, node_id, geometry), host)
 
     def address(self) -> str:
-        return self._server.address
+        return self._serving.address()
 
     def health(self) -> dict[str, Any]:
-        return {"store_id": self._service.store_id, **self._service.stats()}
+        return {**self._serving.health(), "fingerprint": self._fingerprint}
 
-    def drain(self) -> None:
-        self._service.drain()
+    def drain(self, timeout_s: float = 5.0) -> None:
+        self._serving.drain(timeout_s)

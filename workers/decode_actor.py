@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from ..core.config import Config
-from ..kvstore.serving import Serving, builder, thread_settings
+from ..kvstore.serving import Serving, builder, exit_now, thread_settings
 
 
 class DecodeActor:
@@ -33,7 +33,7 @@ class DecodeActor:
         host = host or ray.util.get_node_ip_address()
         node_id = ray.get_runtime_context().get_node_id()
         self._serving = Serving(
-            lambda: builder(build)(tree, part_id, node_id, stores, retrievers), host
+            lambda: builder(build)(tree, part_id, node_id, stores, retrievers, exit_now), host
         )
 
     def address(self) -> str:

@@ -6,15 +6,10 @@ import json
 import sys
 import time
 
-from longreach.cluster.parts import Parts
+from fake_parts import FAKES
+
 from longreach.cluster.ray_runtime import RayRuntime
 from longreach.core.config import Config
-
-FAKES = Parts(
-    store="fake_parts:build_store",
-    retriever="fake_parts:build_retriever",
-    worker="fake_parts:build_worker",
-)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -14,12 +15,6 @@ from longreach.cluster.parts import Parts
 from longreach.core.config import Config
 from longreach.core.errors import ConfigError, FailedPrecondition, Unavailable, UnsupportedModel
 
-FAKES = Parts(
-    store="fake_parts:build_store",
-    retriever="fake_parts:build_retriever",
-    worker="fake_parts:build_worker",
-)
-
 
 @pytest.fixture(autouse=True)
 def _fakes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,15 +22,22 @@ def _fakes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**sections: Any) -> Config:
-    return Config.model_validate({"worker": {"count": 2}, **sections})
+    small = {"worker": {"count": 2}, "store": {"capacity_bytes": 1 << 20}}
+    return Config.model_validate(small | sections)
 
 
 @pytest.fixture
 def runtime() -> Iterator[LocalRuntime]:
-    made = LocalRuntime(config(), FAKES)
+    made = LocalRuntime(config(), fakes())
     made.start(epoch=7)
     yield made
     made.stop()
+
+
+def fakes() -> Parts:
+    from fake_parts import FAKES  # beside this file; the actors import it by the same name
+
+    return FAKES
 
 
 def eventually(check: Callable[[], Any], timeout_s: float = 10.0) -> Any:
@@ -96,20 +98,37 @@ def test_store_that_was_ended_is_rebuilt_and_workers_are_told(runtime: LocalRunt
 
 
 def test_silent_part_is_ended_and_rebuilt() -> None:
-    runtime = LocalRuntime(config(gateway={"heartbeat_timeout_s": 0.5}), FAKES)
+    runtime = LocalRuntime(config(gateway={"heartbeat_timeout_s": 0.5}), fakes())
     runtime.start(epoch=1)
     try:
         service: Any = runtime.service("worker-0")
         service.healthy = False
-        eventually(lambda: runtime.service("worker-0") is not service)
+        eventually(lambda: runtime._services.get("worker-0") not in (None, service))
         eventually(lambda: "worker-0" in runtime.workers())
         assert state(runtime, "worker-0")["epoch"] == 1
     finally:
         runtime.stop()
 
 
+def test_worker_whose_engine_died_is_rebuilt(runtime: LocalRuntime) -> None:
+    service = runtime.service("worker-0")
+    runtime.workers()["worker-0"].call("die", timeout_s=5.0)
+    eventually(lambda: runtime._services.get("worker-0") not in (None, service))
+    eventually(lambda: "worker-0" in runtime.workers())
+    assert state(runtime, "worker-0")["epoch"] == 7
+
+
+def test_stop_removes_the_arenas() -> None:
+    runtime = LocalRuntime(config(), fakes())
+    runtime.start(epoch=1)
+    arenas = [Path(runtime.stats()[f"store-{i}"]["known"]["arena"]) for i in (0, 1)]
+    assert all(arena.exists() for arena in arenas)
+    runtime.stop()
+    assert not any(arena.exists() for arena in arenas)
+
+
 def test_part_that_cannot_be_built_fails_the_start_with_its_own_error() -> None:
-    runtime = LocalRuntime(config(model={"name": "unsupported"}), FAKES)
+    runtime = LocalRuntime(config(model={"name": "unsupported"}), fakes())
     with pytest.raises(UnsupportedModel, match="mamba"):
         runtime.start(epoch=1)
     assert runtime.workers() == {}
@@ -125,7 +144,9 @@ def test_starts_once_and_stops_twice(runtime: LocalRuntime) -> None:
 
 def test_unknown_builder_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no_such_module"):
-        LocalRuntime(config(), Parts(store="no_such_module:build")).start(epoch=1)
+        LocalRuntime(config(), dataclasses.replace(fakes(), store="no_such_module:build")).start(
+            epoch=1
+        )
 
 
 def test_never_imports_ray() -> None:

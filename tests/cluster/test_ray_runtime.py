@@ -27,12 +27,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ray_runtime = pytest.importorskip("longreach.cluster.ray_runtime")
 
 HERE = Path(__file__).parent
-TREE: dict[str, Any] = {"worker": {"count": 1}, "gateway": {"heartbeat_timeout_s": 3.0}}
-FAKES = Parts(
-    store="fake_parts:build_store",
-    retriever="fake_parts:build_retriever",
-    worker="fake_parts:build_worker",
-)
+TREE: dict[str, Any] = {
+    "worker": {"count": 1},
+    "store": {"capacity_bytes": 1 << 20},
+    "gateway": {"heartbeat_timeout_s": 3.0},
+}
+
+
+def fakes() -> Parts:
+    from fake_parts import FAKES  # beside this file; the actors import it by the same name
+
+    return FAKES
 
 
 def eventually(check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
@@ -42,6 +47,13 @@ def eventually(check: Callable[[], Any], timeout_s: float = 30.0) -> Any:
             return found
         time.sleep(0.05)
     raise AssertionError("did not happen in time")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fakes_importable() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +78,7 @@ def abandoned(state_dir: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runtime(state_dir: Path, abandoned: dict[str, Any]) -> Iterator[Any]:
-    made = ray_runtime.RayRuntime(Config.model_validate(TREE), state_dir, FAKES)
+    made = ray_runtime.RayRuntime(Config.model_validate(TREE), state_dir, fakes())
     made.start(epoch=2)
     yield made
     made.stop()
@@ -99,7 +111,7 @@ def test_parts_outlive_a_killed_driver_and_are_adopted(
 
 
 def test_second_runtime_on_the_state_dir_is_refused(runtime: Any, state_dir: Path) -> None:
-    second = ray_runtime.RayRuntime(Config.model_validate(TREE), state_dir, FAKES)
+    second = ray_runtime.RayRuntime(Config.model_validate(TREE), state_dir, fakes())
     with pytest.raises(AlreadyServing, match="another serve process"):
         second.start(epoch=3)
     assert runtime.workers()
@@ -139,6 +151,13 @@ def test_killed_worker_leaves_and_comes_back_with_current_addresses(runtime: Any
     assert state["known"]["addresses"]["store-0"] == runtime.stats()["store-0"]["address"]
 
 
+def test_worker_whose_engine_died_exits_and_comes_back(runtime: Any) -> None:
+    pid = worker_state(runtime)["pid"]
+    with pytest.raises((Unavailable, DeadlineExceeded)):
+        runtime.workers()["worker-0"].call("die", timeout_s=5.0)
+    eventually(lambda: worker_state(runtime)["pid"] != pid)
+
+
 def test_hanging_worker_is_ended_and_comes_back(runtime: Any) -> None:
     pid = worker_state(runtime)["pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -148,11 +167,16 @@ def test_hanging_worker_is_ended_and_comes_back(runtime: Any) -> None:
 
 def test_stop_leaves_nothing(runtime: Any, state_dir: Path) -> None:
     record = json.loads((state_dir / "cluster.json").read_text())
-    pids = [part["pid"] for part in runtime.stats().values()]
+    stats = runtime.stats()
+    pids = [part["pid"] for part in stats.values()]
+    arenas = [Path(stats[f"store-{i}"]["known"]["arena"]) for i in (0, 1)]
+    assert all(arena.exists() for arena in arenas)
+    os.kill(stats["store-1"]["pid"], signal.SIGKILL)  # cannot remove its own file
     runtime.stop()
     runtime.stop()
     assert not [pid for pid in (*pids, *record["pids"]) if process_alive(pid)]
     assert session_members(record["session_pid"]) == []
+    assert not any(arena.exists() for arena in arenas)
     assert not Path(record["temp_dir"]).exists()
     assert not (state_dir / "cluster.json").exists()
 
