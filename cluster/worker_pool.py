@@ -198,9 +198,7 @@ class WorkerPool:
                 cancel.detach()
         raise WorkerLost(f"row {row_id}: the worker ended the stream without an answer")
 
-    def _assign(
-        self, row_id: str, prepared: Prepared, cancel: CancelSwitch
-    ) -> tuple[str, Channel]:
+    def _assign(self, row_id: str, prepared: Prepared, cancel: CancelSwitch) -> tuple[str, Channel]:
         deadline_s = time.monotonic() + self._config.cluster.start_timeout_s
         while not (live := self._runtime.workers()):
             cancel.check()
