@@ -1,0 +1,97 @@
+"""`longreach serve`: gateway and parts until a signal, then drain; a second signal ends at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal
+
+import typer
+
+from ..core.config import Config, load_config
+from .cli_base import ConfigFiles, Sets, err, out, with_overrides
+from .runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+EXIT_AT_ONCE = 1
+
+
+def serve(
+    config: ConfigFiles = [],  # noqa: B006
+    set_: Sets = [],  # noqa: B006
+    wiring: Annotated[
+        Literal["ray", "inprocess"] | None,
+        typer.Option(help="Overrides cluster.wiring."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Overrides gateway.port; 0 picks one.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Overrides gateway.state_dir.")] = None,
+    keep_parts: Annotated[
+        bool,
+        typer.Option(help="Leave the parts running at the end; the next serve adopts them."),
+    ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log on stderr.")
+    ] = "warning",
+) -> None:
+    """Start the cluster and its gateway; runs until SIGTERM or SIGINT, then drains."""
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    tree = with_overrides(
+        load_config(config, set_),
+        cluster={"wiring": wiring},
+        gateway={"port": port, "state_dir": str(state_dir) if state_dir else None},
+    )
+    raise typer.Exit(run(tree, make_runtime(tree), keep_parts=keep_parts))
+
+
+def make_runtime(config: Config) -> Runtime:
+    """The wiring that the configuration names; ray is imported only for its own."""
+    if config.cluster.wiring == "inprocess":
+        from .local_runtime import LocalRuntime
+
+        return LocalRuntime(config)
+    from .ray_runtime import RayRuntime
+
+    return RayRuntime(config, config.gateway.state_dir)
+
+
+def run(config: Config, runtime: Runtime, *, keep_parts: bool = False) -> int:
+    """Serve until a signal. Returns the exit code: 0 after a clean drain."""
+    from .gateway import Gateway
+
+    stopping = threading.Event()
+    _on_signal(stopping)
+    gateway = Gateway(config, runtime)
+    try:
+        address = gateway.start()
+        _on_signal(stopping)  # libraries may have taken the handlers while they were loaded
+        out.print(f"serving at {address}", soft_wrap=True)
+        out.print(f"state in {Path(config.gateway.state_dir).resolve()}", soft_wrap=True)
+        while not stopping.wait(1.0):
+            pass
+        timeout_s = config.gateway.drain_timeout_s
+        err.print(f"draining for at most {timeout_s:.0f} s; a second signal ends at once")
+        n_running = gateway.drain(timeout_s)
+    finally:
+        gateway.stop(keep_parts=keep_parts)
+    if n_running:
+        err.print(f"{n_running} rows still ran; they are in the journal for the next start")
+    return 0
+
+
+def _on_signal(stopping: threading.Event) -> None:
+    """First signal: drain. While starting up: stop. Second signal: end without cleaning up."""
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(EXIT_AT_ONCE)
+        stopping.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handle)
