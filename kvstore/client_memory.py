@@ -3,6 +3,7 @@ pages that came from elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class ClientMemory:
         with self._lock:
             if not self._free:
                 mapped = mmap.mmap(-1, PRIVATE_SLOTS * self.geometry.page_nbytes)
+                with contextlib.suppress(OSError):  # first use costs more than the copy otherwise
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
                 self.memories.append(np.frombuffer(mapped, np.uint8))
                 memory = len(self.memories) - 1
                 self._private.append(memory)

@@ -101,7 +101,7 @@ class PageStorer:
             with self._lock:
                 self._repairs.pop(key, None)
             return False
-        page = self._memory.page(handle.memory, self._memory.slot_of(handle))
+        page = self._bytes_of(handle)
         try:
             n_copies = sum(1 for _ in self._replicate(key, parent_key, handle.checksums, page, row))
         except LongreachError as exc:
@@ -119,11 +119,16 @@ class PageStorer:
         """Yields each store that holds the page now; all copies have the bytes that won.
 
         The stores are asked one after the other, in the key's own order, so that of two writers
-        with different bytes the one that was first at the first store wins at all of them.
+        with different bytes the one that was first at the first store wins at all of them. A page
+        that only a later store has is taken from there.
         """
-        links = self._pool.live_or_all()
+        ranked = self._pool.rank(key, self._pool.live_or_all())
+        held = self._held_elsewhere(key, ranked[1 : self._replicas + 1], row)
+        if held is not None and not np.array_equal(held.checksums, checksums):
+            self._counters.add(mismatched_duplicates=1)
+            page, checksums = self._bytes_of(held), held.checksums
         n_copies, error = 0, None
-        for link in self._pool.rank(key, links):
+        for link in ranked:
             if n_copies == self._replicas:
                 break
             self._rows.note_pin(row, link)
@@ -148,6 +153,20 @@ class PageStorer:
         if not n_copies:
             raise error or StoreUnreachable(f"no store for page {key.hex()[:16]} is known")
 
+    def _held_elsewhere(self, key: PageKey, links: list[StoreLink], row: Row) -> PageHandle | None:
+        """The page as a later store in its order has it: its first store may be the one that
+        joined last."""
+        for link in links:
+            try:
+                if link.lookup([key])[0]:
+                    return self._loader.load([key], row).get(key)
+            except StoreUnreachable as exc:
+                logger.info("not asked whether it holds a page: %s", exc.message)
+        return None
+
+    def _bytes_of(self, handle: PageHandle) -> Bytes:
+        return self._memory.page(handle.memory, self._memory.slot_of(handle))
+
     def _store_at(
         self,
         link: StoreLink,
@@ -170,7 +189,7 @@ class PageStorer:
             handle = self._loader.fetch_private(link, key, row)
             if handle is None:
                 return None
-            return self._memory.page(handle.memory, self._memory.slot_of(handle))
+            return self._bytes_of(handle)
         if self._loader.verify(copy.memory, copy.slot, copy.checksums):
             return self._memory.page(copy.memory, copy.slot)
         link.report_corrupt(key, copy.slot)

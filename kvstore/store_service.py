@@ -248,9 +248,11 @@ class StoreService:
 
     def _complete_store(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         """`writes`: write ids. The reply has for each the page that is held now, or its error."""
-        owner, lease_s = _text(header, "owner"), _seconds(header)
+        owner, lease_s, writes = _text(header, "owner"), _seconds(header), header.get("writes")
+        if not isinstance(writes, list) or not all(isinstance(w, int) for w in writes):
+            raise InvalidInput("`writes` must be a list of write ids")
         results: list[Header] = []
-        for write_id in header.get("writes") or []:
+        for write_id in writes:
             try:
                 results.append({"held": _located(self._finish_store(write_id, owner, lease_s))})
             except LongreachError as exc:
@@ -298,8 +300,8 @@ class StoreService:
 
     def _renew(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         owners, lease_s = header.get("owners"), _seconds(header)
-        if not isinstance(owners, list):
-            raise InvalidInput("`owners` must be a list")
+        if not isinstance(owners, list) or not all(isinstance(o, str) for o in owners):
+            raise InvalidInput("`owners` must be a list of names")
         with self._lock:
             ended = [o for o in owners if not self._shard.renew(o, self._now(), lease_s)]
         return Reply({"ended": ended})

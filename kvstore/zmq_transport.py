@@ -147,8 +147,18 @@ class ZmqServer:
             _receive(self._router, self._deliver, RECEIVE_BATCH)
             self._send_all()
         self._send_all()
+        self._unbind()
         self._router.close(LINGER_MS)
         self._outbox.close()
+
+    def _unbind(self) -> None:
+        """Waits until the port is free, so that whoever waits for `stop` can listen there again."""
+        with contextlib.suppress(zmq.ZMQError):
+            monitor = self._router.get_monitor_socket(int(zmq.Event.CLOSED))
+            self._router.unbind(self.address)
+            monitor.poll(LINGER_MS)
+            self._router.disable_monitor()
+            monitor.close(0)
 
     def _deliver(self, frames: list[memoryview]) -> None:
         self._rpc.on_message(bytes(frames[0]), frames[1:])

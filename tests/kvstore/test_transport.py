@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+
 from longreach.core.codec import pack_header
 from longreach.core.errors import (
     DeadlineExceeded,
@@ -499,7 +500,9 @@ def start_child(argument: str) -> tuple[subprocess.Popen[str], str]:
         text=True,
     )
     assert child.stdout is not None
-    return child, child.stdout.readline().strip()
+    said = child.stdout.readline().strip()
+    child.stdout.close()
+    return child, said
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
