@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -31,8 +32,12 @@ from .model import ModelAdapter
 from .page_flow import PageFlow, PageLost
 from .row import Row, RowRequest, RowState
 from .sampling import sample
-from .scheduler import chunk_end, min_device_pages, plan_step, prefill_start
+from .scheduler import chunk_end, min_device_pages, plan_step, prefill_start, rows_that_fit
+from .summary_index import SummaryIndex
 
+_log = logging.getLogger(__name__)
+
+LEASE_CHECK_S = 1.0
 MAX_RESTARTS = 3
 """Times a row may start again after losing pages before it fails with DATA_LOSS."""
 
@@ -59,6 +64,7 @@ class Engine:
         recipe: RecipeFingerprint,
         client: PageClient | None,
         tokenizer: Any | None = None,
+        retrievers: dict[str, str] | None = None,
     ) -> None:
         self._config = config
         self._model = model
@@ -68,10 +74,20 @@ class Engine:
         self.flow = PageFlow(
             geometry, config.cache.device_pages, recipe, client, config.store.timeout_s * 3
         )
-        self._attention = LayerAttention(self.flow, policies, model.rope)
+        self.index = SummaryIndex(
+            config.retriever, policies, geometry.page_tokens, model.rope, retrievers or {}
+        )
+        self._attention = LayerAttention(self.flow, policies, model.rope, self.index)
         self._rows: dict[str, Row] = {}
         self._order = 0
+        self._next_lease_check_s = 0.0
         self._events: deque[RowEvent] = deque()
+        self._max_rows = rows_that_fit(
+            config.cache.device_pages,
+            self._chunk_tokens(),
+            geometry.page_tokens,
+            config.worker.max_rows,
+        )
         needed = min_device_pages(policies, geometry.page_tokens)
         if config.cache.device_pages < needed:
             raise ConfigError(
@@ -88,6 +104,11 @@ class Engine:
     @property
     def rows(self) -> Sequence[Row]:
         return tuple(self._rows.values())
+
+    @property
+    def can_progress(self) -> bool:
+        """False when every row waits for pages of another row or for the store."""
+        return any(row.state is not RowState.WAITING for row in self._rows.values())
 
     def submit(self, request: RowRequest) -> None:
         """Take a row. Raises InvalidInput and its kin; an accepted row always ends with an event."""
@@ -125,11 +146,12 @@ class Engine:
     def step(self) -> list[RowEvent]:
         """One decode token for every decoding row, then one prefill chunk. Returns what happened."""
         self.flow.poll()
+        self._check_leases()
         for row in [r for r in self._rows.values() if r.cancelled]:
             self._fail(row, Cancelled(f"row {row.row_id} was cancelled"))
         plan = plan_step(
             list(self._rows.values()),
-            self._config.worker.max_rows,
+            self._max_rows,
             lambda r: r.wait_key is None or self.flow.is_settled(r.wait_key),
         )
         for row in plan.admit:
@@ -145,6 +167,17 @@ class Engine:
         events = list(self._events)
         self._events.clear()
         return events
+
+    def _check_leases(self) -> None:
+        now = time.monotonic()
+        if now < self._next_lease_check_s:
+            return
+        self._next_lease_check_s = now + LEASE_CHECK_S
+        lost = self.flow.lost_leases()
+        for page_id in lost:
+            self.flow.lose(page_id)
+        for row in [r for r in self._rows.values() if lost & set(r.page_ids)]:
+            self._restart(row)
 
     # --- life of a row --------------------------------------------------------------------------
 
@@ -179,7 +212,7 @@ class Engine:
             return
         row.stats.pages_recomputed += len(row.page_ids)
         row.replay, row.tokens = [*row.tokens, *row.replay[len(row.tokens) :]], []
-        self.flow.close(row)
+        self._close(row)
         row.selections = []
         row.n_done = 0
         row.state = RowState.QUEUED
@@ -289,8 +322,16 @@ class Engine:
 
     def _drop(self, row: Row) -> None:
         row.state = RowState.ENDED
-        self.flow.close(row)
+        self._close(row)
         self._rows.pop(row.row_id, None)
+
+    def _close(self, row: Row) -> None:
+        self.flow.close(row)
+        try:
+            self.index.close(row)
+        except LongreachError as exc:
+            # a retriever that is gone has forgotten the context anyway
+            _log.warning("closing a context at the retriever failed: %s", exc)
 
     def _pages_on_device(self, row: Row) -> int:
         """Most pages of this row's context that any layer holds now."""

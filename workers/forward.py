@@ -23,15 +23,23 @@ from ..kernels.ops import (
 from .page_flow import PageFlow
 from .row import Row
 from .scheduler import refresh_level
+from .summary_index import SummaryIndex
 
 
 class LayerAttention:
     """Select, make resident, attend: for one block of queries of one row in one layer."""
 
-    def __init__(self, flow: PageFlow, policies: Sequence[LayerPolicy], rope: Rope) -> None:
+    def __init__(
+        self,
+        flow: PageFlow,
+        policies: Sequence[LayerPolicy],
+        rope: Rope,
+        index: SummaryIndex,
+    ) -> None:
         self.flow = flow
         self.policies = policies
         self.rope = rope
+        self._index = index
 
     def select(
         self,
@@ -48,7 +56,8 @@ class LayerAttention:
             return None
         started = time.monotonic()
         view = self.flow.selection_view(layer, row, q_start + q.shape[1])
-        selection = select_blocks(q, q_start, view, policy, self.rope, previous, level)
+        ready = self._index.select_arguments(layer, row, q, q_start, view, level)
+        selection = select_blocks(q, q_start, view, policy, self.rope, previous, level, **ready)
         row.stats.seconds_select += time.monotonic() - started
         return selection
 

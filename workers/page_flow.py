@@ -7,6 +7,7 @@ copies bytes and talks to the store.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -26,6 +27,10 @@ from .local_pages import LocalPages
 from .residency import Residency
 from .row import Row
 
+_log = logging.getLogger(__name__)
+STORE_RETRY_S = 2.0
+"""Pause before a page that no store took is offered again."""
+
 
 class PageLost(Exception):
     """A page has no good copy left: the row starts again and recomputes it. Never leaves the worker."""
@@ -38,8 +43,11 @@ class PageLost(Exception):
 @dataclass
 class _Write:
     page_id: int
+    key: PageKey
+    parent: PageKey
     future: Future[PageHandle]
     generation: int
+    retry_at_s: float | None = None
 
 
 class PageFlow:
@@ -88,7 +96,8 @@ class PageFlow:
         if self._client is not None and n_here < len(keys):
             started = time.monotonic()
             for key, handle in self._acquire_leading(row, keys[n_here:]):
-                page_id = self.pages.new(key)
+                page_id = self.pages.new(key, row.lease)
+                self._bump(page_id)
                 self.pages.set_home(page_id, handle)
                 row.page_ids.append(page_id)
             row.stats.seconds_store += time.monotonic() - started
@@ -103,10 +112,11 @@ class PageFlow:
         n_held = held.index(False) if False in held else len(held)
         if not n_held:
             return []
-        handles = self._client.acquire(keys[:n_held], row.row_id)
-        n_good = handles.index(None) if None in handles else len(handles)
+        handles = self._client.acquire(keys[:n_held], row.lease)
         # a page behind a missing one is of no use: its prefix must be computed first
-        self._client.release_pages([h.key for h in handles[n_good:] if h is not None])
+        n_good = handles.index(None) if None in handles else len(handles)
+        if not n_good:
+            self._client.release(row.lease)
         return [(h.key, h) for h in handles[:n_good] if h is not None]
 
     def is_settled(self, key: PageKey) -> bool:
@@ -116,19 +126,15 @@ class PageFlow:
 
     def close(self, row: Row) -> None:
         """The row lets go of its pages; private ones are dropped from the store."""
-        released: list[PageKey] = []
         for page_id in row.page_ids:
-            key = self.pages.keys[page_id]
-            leased = self.pages.handles[page_id] is not None
-            if self.pages.let_go(page_id):
+            gone, ended = self.pages.let_go(page_id)
+            if gone:
                 self._forget(page_id)
-                if key is not None and leased:
-                    released.append(key)
+            if ended is not None and self._client is not None:
+                self._client.release(ended)
         row.page_ids = []
-        if self._client is not None:
-            self._client.release_pages(released)
-            if row.private_keys:
-                self._client.drop(row.private_keys)
+        if self._client is not None and row.private_keys:
+            self._client.drop(row.private_keys)
         row.private_keys = []
 
     def _forget(self, page_id: int) -> None:
@@ -163,7 +169,7 @@ class PageFlow:
         while len(row.page_ids) * page_tokens < end:
             page_index = len(row.page_ids)
             key = row.keys[page_index] if page_index < len(row.keys) else None
-            page_id = self.pages.new(key)
+            page_id = self.pages.new(key, row.lease)
             self._bump(page_id)
             leaves = self._leaves(np.array([page_id]))
             try:
@@ -172,7 +178,9 @@ class PageFlow:
             except BaseException:
                 for residency in self.residency:
                     residency.forget(leaves)
-                self.pages.let_go(page_id)
+                _, ended = self.pages.let_go(page_id)
+                if ended is not None and self._client is not None:
+                    self._client.release(ended)
                 raise
             row.page_ids.append(page_id)
 
@@ -191,7 +199,11 @@ class PageFlow:
                         f"no bank slot of layer {layer} became free in {self._store_timeout_s} s: "
                         f"{len(self._writes)} pages wait for the store"
                     ) from None
-                wait([w.future for w in self._writes], timeout=1.0, return_when="FIRST_COMPLETED")
+                running = [w.future for w in self._writes if not w.future.done()]
+                if running:
+                    wait(running, timeout=1.0, return_when="FIRST_COMPLETED")
+                else:
+                    time.sleep(0.05)
                 row.stats.seconds_store += time.monotonic() - started
                 self.poll()
 
@@ -224,13 +236,18 @@ class PageFlow:
             self.pages.complete[page_id] = True
             if self._client is None:
                 continue
-            leaves = self._leaves(np.array([page_id]))
-            slots = np.stack([r.slots_of(leaves) for r in self.residency])
-            page = self.bank.page_bytes(slots)
-            future = self._client.store(key, parent, page, row.row_id)
-            row.stats.bytes_device_to_store += page.nbytes
-            self._writes.append(_Write(page_id, future, int(self._generation[page_id])))
+            row.stats.bytes_device_to_store += self.geometry.page_nbytes
+            self._store(page_id, key, parent)
         row.stats.seconds_store += time.monotonic() - started
+
+    def _store(self, page_id: int, key: PageKey, parent: PageKey) -> None:
+        assert self._client is not None
+        leaves = self._leaves(np.array([page_id]))
+        slots = np.stack([r.slots_of(leaves) for r in self.residency])
+        page = self.bank.page_bytes(slots)
+        future = self._client.store(key, parent, page, self.pages.group_of(page_id))
+        generation = int(self._generation[page_id])
+        self._writes.append(_Write(page_id, key, parent, future, generation))
 
     def _name(self, row: Row, page_index: int) -> tuple[PageKey, PageKey]:
         """Key and parent key of a full page; pages with answer tokens belong to their row alone."""
@@ -251,31 +268,41 @@ class PageFlow:
         return key, parent
 
     def poll(self) -> None:
-        """Take note of writes that ended: a safe page may leave the device."""
-        still: list[_Write] = []
-        for write in self._writes:
-            if not write.future.done():
-                still.append(write)
+        """Take note of writes that ended: a safe page may leave the device; a failed one is tried
+        again a little later, and stays on the device until then."""
+        ended = [w for w in self._writes if w.future.done()]
+        self._writes = [w for w in self._writes if not w.future.done()]
+        for write in ended:
+            if self._generation[write.page_id] != write.generation:
+                continue  # its row ended meanwhile, and its lease group with it
+            failure = write.future.exception()
+            if failure is None:
+                self._settle(write)
                 continue
-            current = self._generation[write.page_id] == write.generation
-            if write.future.exception() is not None:
-                # the page stays on the device, pinned; the store client has counted the failure
-                continue
-            handle = write.future.result()
-            if not current:
-                self._release(handle.key)
-                continue
-            if self.pages.handles[write.page_id] is not None:
-                continue
-            self.pages.set_home(write.page_id, handle)
-            leaves = self._leaves(np.array([write.page_id]))
-            for residency in self.residency:
-                residency.mark_safe(leaves)
-        self._writes = still
+            now = time.monotonic()
+            if write.retry_at_s is None:
+                _log.warning("page %s is not stored yet: %s", write.key.hex()[:12], failure)
+                write.retry_at_s = now + STORE_RETRY_S
+            if now < write.retry_at_s:
+                self._writes.append(write)
+            else:
+                self._store(write.page_id, write.key, write.parent)
 
-    def _release(self, key: PageKey) -> None:
-        if self._client is not None and key not in self.pages.page_of_key:
-            self._client.release_pages([key])
+    def _settle(self, write: _Write) -> None:
+        self.pages.set_home(write.page_id, write.future.result())
+        leaves = self._leaves(np.array([write.page_id]))
+        for residency in self.residency:
+            residency.mark_safe(leaves)
+
+    def lost_leases(self) -> set[int]:
+        """Pages whose lease a store ended: their bytes may be another page's by now."""
+        if self._client is None:
+            return set()
+        lost = {group for group in self.pages.groups if self._client.lost(group)}
+        if not lost:
+            return set()
+        ids = range(len(self.pages.keys))
+        return {i for i in ids if self.pages.users[i] > 0 and self.pages.group_of(i) in lost}
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every write under way has ended; False if the time ran out."""

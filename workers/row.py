@@ -105,6 +105,11 @@ class Row:
         return self.request.row_id
 
     @property
+    def lease(self) -> str:
+        """Owner of what this attempt acquires or stores; a restart begins a new one."""
+        return f"{self.row_id}~{self.stats.restarts}"
+
+    @property
     def n_prompt(self) -> int:
         return len(self.request.prompt)
 

@@ -46,7 +46,7 @@ class Sampling(BaseModel):
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on seed and absolute position alone."""
-    key = [seed & (2**64 - 1), position]
+    key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 

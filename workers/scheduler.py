@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ..core.stage import QUERY_BLOCK, LayerPolicy
 from .row import Row, RowState
 
+GROUP_PAGES = 8
+"""Most pages that one segment of attention touches."""
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -65,6 +68,14 @@ def refresh_level(
 
 
 def min_device_pages(policies: Sequence[LayerPolicy], page_tokens: int) -> int:
-    """Smallest bank a row can run with: sink + window + the 8 pages of one group of blocks."""
-    group = 8
-    return max(-(-p.sink // page_tokens) - (-p.window // page_tokens) + group for p in policies)
+    """Smallest bank a row can run with: sink + window + the 8 pages of one group of blocks, and
+    always the block being computed beside one group."""
+    block_pages = -(-QUERY_BLOCK // page_tokens)
+    kept = max(-(-p.sink // page_tokens) - (-p.window // page_tokens) for p in policies)
+    return GROUP_PAGES + max(kept, block_pages + 1)
+
+
+def rows_that_fit(device_pages: int, chunk_tokens: int, page_tokens: int, max_rows: int) -> int:
+    """Rows that may run together: each pins its last page, which is not in the store yet."""
+    spare = device_pages - GROUP_PAGES - -(-chunk_tokens // page_tokens)
+    return max(1, min(max_rows, spare))
