@@ -12,6 +12,11 @@ from .paged import PagedKV, block_token_ids, gather_tokens
 from .plan import Segment
 from .rope import Rope
 
+try:
+    from . import cpu_attend
+except ImportError:  # numba is missing: the torch path below is the same operation
+    cpu_attend = None  # type: ignore[assignment]
+
 
 def attend_segments(
     q: Tensor,
@@ -28,20 +33,40 @@ def attend_segments(
     Returns o [S, H, Tq, D] and lse [S, H, Tq] (base e), float32. A partial has the same bits
     whichever other segments share the call. A row that sees no key has lse -inf and o 0.
     """
+    o = torch.empty(len(segments), *q.shape)
+    lse = torch.empty(len(segments), *q.shape[:2])
+    if not segments:
+        return o, lse
+    if cpu_attend is not None and cpu_attend.attend(
+        q, q_start, view, segments, policy, rope, scale, o, lse
+    ):
+        return o, lse
+    return attend_torch(q, q_start, view, segments, policy, rope, scale)
+
+
+def attend_torch(
+    q: Tensor,
+    q_start: int,
+    view: PagedKV,
+    segments: Sequence[Segment],
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend_segments` where numba is missing or its path does not apply."""
     parts = [_attend_segment(q, q_start, view, s, policy, rope, scale) for s in segments]
-    if not parts:
-        return q.new_zeros(0, *q.shape), q.new_zeros(0, *q.shape[:2])
     return torch.stack([o for o, _ in parts]), torch.stack([lse for _, lse in parts])
 
 
 def key_positions(segment: Segment) -> Tensor:
     """Positions of a segment's keys counted from its base: int64 [1 or Hkv, n_keys]."""
     starts = segment.starts if segment.starts.dim() == 2 else segment.starts[None]
+    first = torch.tensor(segment.key_start)[:, None]
     n_keys = starts.shape[1] * segment.block_tokens
     if segment.renumbered:
-        return segment.key_start[:, None] + torch.arange(n_keys)
+        return first + torch.arange(n_keys)
     tokens = block_token_ids(starts, segment.block_tokens)
-    return segment.key_start[:, None] + tokens - starts[:, :1].clamp(min=0)
+    return first + tokens - starts[:, :1].clamp(min=0)
 
 
 def visible(segment: Segment, tokens: Tensor, positions: Tensor, policy: LayerPolicy) -> Tensor:
@@ -73,8 +98,8 @@ def _attend_segment(
     n_heads, n_queries, head_dim = q.shape
     n_kv_heads = view.n_kv_heads
     true = torch.arange(q_start, q_start + n_queries)
-    heads_per_base = n_heads // segment.base.numel()
-    query_pos = (true - segment.base[:, None]).repeat_interleave(heads_per_base, dim=0)
+    base = torch.tensor(segment.base)[:, None]
+    query_pos = (true - base).repeat_interleave(n_heads // len(base), dim=0)
     rows = rope.rotate(q.float(), query_pos).view(n_kv_heads, -1, head_dim) * scale
     # rows are padded because small library GEMMs have other bits (1 to 11 rows, DESIGN 6.2)
     n_rows = rows.shape[1]
@@ -102,6 +127,17 @@ def merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
     Rows with lse -inf carry nothing. A row that no partial covers gives out 0 and lse -inf.
     """
+    if cpu_attend is not None and len(o) and o.is_contiguous() and lse.is_contiguous():
+        out, total = torch.empty_like(o[0]), torch.empty_like(lse[0])
+        cpu_attend.merge(o, lse, out, total)
+        return out, total
+    return merge_torch(o, lse)
+
+
+def merge_torch(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_partials` where numba is missing."""
+    if not len(o):
+        return torch.zeros(o.shape[1:]), torch.full(lse.shape[1:], -torch.inf)
     top = lse.amax(dim=0)
     safe_top = top.masked_fill(top == -torch.inf, 0.0)
     out = torch.zeros_like(o[0])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,32 +24,41 @@ GROUP = 8
 """Pages of a sink or window segment, blocks of a selected one, at most."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Segment:
-    """Keys that one attention partial covers, in ascending order of tokens."""
+    """Keys that one attention partial covers, in ascending order of tokens.
+
+    Plain arrays and numbers, made by the dozen for every query block and layer; `starts` and
+    `pages` are made when asked for.
+    """
 
     kind: SegmentKind
-    starts: Tensor
-    """int64 [n] (all KV heads) or [Hkv, n]: first tokens of runs, -1 = padding at the end."""
+    runs: np.ndarray
+    """int64 [1, n] (all KV heads) or [Hkv, n]: first tokens of runs, -1 = padding at the end."""
     block_tokens: int
     """Tokens of one run."""
-    key_start: Tensor
-    """int64 [1] or [Hkv]: position of the first run's first key, counted from `base`. Runs of a
-    selected segment are renumbered consecutively (streaming) or keep true distances (none)."""
-    base: Tensor
-    """int64 [1] or [Hkv]: subtracted from true positions of queries and of sink and window keys, so
-    that streaming positions begin at 0 (only differences matter; angles stay small and exact)."""
+    key_start: tuple[int, ...]
+    """Per head of `base`: position of the first run's first key, counted from `base`. Runs of a
+    renumbered segment follow each other without gaps, others keep true distances."""
+    base: tuple[int, ...]
+    """One for all KV heads or one each: subtracted from true positions of queries and of sink and
+    window keys, so that streaming positions begin at 0 (only differences matter; angles stay small
+    and exact)."""
     renumbered: bool
-    """Whether runs follow each other without gaps."""
     page_tokens: int
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [n] (all KV heads) or [Hkv, n]: `runs` as a tensor."""
+        starts = torch.from_numpy(np.ascontiguousarray(self.runs))
+        return starts[0] if len(starts) == 1 else starts
 
     @cached_property
     def pages(self) -> tuple[tuple[int, ...], ...]:
         """Distinct page indexes, ascending: one tuple for all KV heads, or one per KV head."""
-        heads = self.starts if self.starts.dim() == 2 else self.starts[None]
         last = self.block_tokens - 1
         found = []
-        for starts in heads.tolist():
+        for starts in self.runs.tolist():
             pages = {t // self.page_tokens for t in starts if t >= 0}
             pages |= {(t + last) // self.page_tokens for t in starts if t >= 0}
             found.append(tuple(sorted(pages)))
@@ -70,7 +80,7 @@ def plan_attend(
     """
     q_last = q_start + n_queries - 1
     if policy.dense:
-        return _windows(0, q_last, page_tokens, torch.zeros(1, dtype=torch.int64))
+        return _windows(0, q_last, page_tokens, (0,))
     if selection is None:
         raise InternalError(f"no selection for queries at {q_start} of a pruning policy")
     base = _base(q_start, selection, policy)
@@ -78,55 +88,58 @@ def plan_attend(
     # keys beyond `seen` are inside every query's window
     seen = q_last - policy.window
     sink_end = min(policy.sink, seen + 1)
-    zero = torch.zeros_like(base)
-    for first in range(0, max(0, sink_end), GROUP * page_tokens):
-        starts = torch.arange(first, min(first + GROUP * page_tokens, sink_end), page_tokens)
-        segments.append(
-            Segment("sink", starts, page_tokens, zero + first, base, False, page_tokens)
-        )
+    group = GROUP * page_tokens
+    for first in range(0, max(0, sink_end), group):
+        runs = np.arange(first, min(first + group, sink_end), page_tokens)[None]
+        key_start = (first,) * len(base)
+        segments.append(Segment("sink", runs, page_tokens, key_start, base, False, page_tokens))
     segments += _selected(selection, policy, seen, base, page_tokens)
     window_start = max(0, q_start - policy.window + 1)
     return segments + _windows(window_start, q_last, page_tokens, base)
 
 
-def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> Tensor:
+def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int, ...]:
     """First position of the renumbered sequence (reference section 4, "ST exactly")."""
+    counts: list[int] = selection.counts.tolist()
     if policy.attend_rope == "none":
-        return torch.zeros_like(selection.counts)
-    n_selected = selection.counts * policy.block_tokens
-    return (q_start - policy.window - policy.sink - n_selected + 1).clamp(min=0)
+        return (0,) * len(counts)
+    room = q_start - policy.window - policy.sink + 1
+    return tuple(max(0, room - n * policy.block_tokens) for n in counts)
 
 
 def _selected(
-    selection: Selection, policy: LayerPolicy, seen: int, base: Tensor, page_tokens: int
+    selection: Selection,
+    policy: LayerPolicy,
+    seen: int,
+    base: tuple[int, ...],
+    page_tokens: int,
 ) -> list[Segment]:
     renumbered = policy.attend_rope == "streaming"
-    blocks = selection.blocks.masked_fill(selection.blocks > seen, -1)
-    n_blocks = int((blocks >= 0).sum(dim=-1).max()) if blocks.numel() else 0
+    blocks = selection.blocks.numpy()
+    # padding is -1 and at the end: dropping what nobody sees keeps the ranks of the rest
+    blocks = np.where(blocks <= seen, blocks, -1)
+    n_blocks = int((blocks >= 0).sum(axis=1).max()) if blocks.size else 0
     segments = []
     for i in range(0, n_blocks, GROUP):
-        starts = blocks[:, i : min(i + GROUP, n_blocks)]
-        key_start = starts[:, 0].clamp(min=0)
+        runs = blocks[:, i : min(i + GROUP, n_blocks)]
         if renumbered:
-            key_start = torch.full_like(key_start, policy.sink + i * policy.block_tokens)
-        shared = starts[0] if starts.shape[0] == 1 else starts
+            key_start = (policy.sink + i * policy.block_tokens,) * len(base)
+        else:
+            key_start = tuple(max(0, int(start)) for start in runs[:, 0])
         segments.append(
-            Segment(
-                "selected", shared, policy.block_tokens, key_start, base, renumbered, page_tokens
-            )
+            Segment("selected", runs, policy.block_tokens, key_start, base, renumbered, page_tokens)
         )
     return segments
 
 
-def _windows(start: int, q_last: int, page_tokens: int, base: Tensor) -> list[Segment]:
+def _windows(start: int, q_last: int, page_tokens: int, base: tuple[int, ...]) -> list[Segment]:
     group = GROUP * page_tokens
     segments = []
     first = start // page_tokens * page_tokens
     while first <= q_last:
         stop = min((first // group + 1) * group, q_last + 1)
-        starts = torch.arange(first, stop, page_tokens)
-        segments.append(
-            Segment("window", starts, page_tokens, first - base, base, False, page_tokens)
-        )
+        runs = np.arange(first, stop, page_tokens)[None]
+        key_start = tuple(first - b for b in base)
+        segments.append(Segment("window", runs, page_tokens, key_start, base, False, page_tokens))
         first = (first // group + 1) * group
     return segments

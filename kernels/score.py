@@ -20,6 +20,11 @@ from .selection import (
 )
 from .summaries import SummarySource, chunk_summaries
 
+try:
+    from . import cpu_search
+except ImportError:  # numba is missing: the torch path below is the same operation
+    cpu_search = None  # type: ignore[assignment]
+
 PIECE_ELEMENTS = 1 << 22
 """Elements of one temporary of the bounds scorer; longer chunk lists are scored in pieces."""
 
@@ -42,8 +47,12 @@ def score_chunks(
     positions = stage_positions(
         policy.select_rope, starts, stage.chunk, q_start, q.shape[1], policy
     )
-    queries = rotate_queries(q, positions, rope, stage.query_stride)
     end = candidate_end(q_start, policy)
+    if stage.scorer == "search" and cpu_search is not None:
+        scores = cpu_search.search_scores(q, view, starts, stage, positions, rope, end)
+        if scores is not None:
+            return scores
+    queries = rotate_queries(q, positions, rope, stage.query_stride)
     if stage.scorer == "search":
         return _search(queries, view, starts, stage, positions, rope, end)
     return _summary(queries, view, starts, stage, positions, rope, end, source)

@@ -45,10 +45,11 @@ def chunk_summaries(
     Returns [Hkv, n, 2 or 1, D]. With a source, only cut chunks are read from their keys.
     """
     sizes = (end - starts).clamp(max=chunk).masked_fill(starts < 0, 0)
-    if source is None:
+    whole = sizes == chunk
+    if source is None or not bool(whole.any()):
         keys = gather_blocks(view, starts, chunk).unflatten(1, (-1, chunk))
         return summarise(kind, keys, sizes)
-    ready = source(kind, starts.masked_fill(sizes < chunk, -1), chunk).clone()
+    ready = source(kind, starts.masked_fill(~whole, -1), chunk).clone()
     head, index = ((sizes > 0) & (sizes < chunk)).nonzero(as_tuple=True)
     if head.numel():
         # at most one cut chunk per head, always the last of its list

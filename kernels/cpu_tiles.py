@@ -1,0 +1,269 @@
+"""Register tiles of the numba kernels.
+
+Library GEMMs choose another reduction order for other shapes, so their bits depend on how many rows
+a call happens to have. Here every output element is one chain of fused multiply-adds, k ascending,
+whatever stands beside it: a row's bits are a function of its own operands alone (DESIGN 6.2).
+Measured on a 2-core AVX2 machine: 96 GFLOP/s a core, torch's GEMM 87.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .cpu_ir import F32, I32, LANES, Emit
+
+ROWS = 6
+"""Rows of the widest tile: 6 x 16 floats are 12 of the 16 registers of AVX2."""
+
+
+def _void(n_args: int) -> Any:
+    return types.void(*(types.int64,) * n_args)
+
+
+def _accumulate(e: Emit, sums: list[Any], a: Any, step_i: Any, step_k: Any, b: Any, ld_b: Any,
+                n_k: Any) -> None:  # fmt: skip
+    """sums[i] += A[i, k] * B[k, 0:16] over k."""
+    builder = e.b
+    bases = [
+        builder.add(a, builder.mul(builder.mul(step_i, e.index(i)), e.index(4)))
+        for i in range(len(sums))
+    ]
+    with cgutils.for_range(builder, n_k) as loop:
+        right = e.vector(b, builder.mul(loop.index, ld_b))
+        offset = builder.mul(loop.index, step_k)
+        for base, total in zip(bases, sums, strict=True):
+            left = e.splat(e.scalar(base, offset))
+            builder.store(e.fma(left, right, builder.load(total)), total)
+
+
+def _tile(rows: int, scaled: bool) -> Callable[..., None]:
+    """C[i, 0:16] = scale[i] * sum_k A[i, k] * B[k, 0:16] for `rows` rows."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        c, ld_c, a, step_i, step_k, b, ld_b, n_k, scale = args
+        e = Emit(builder)
+        sums = [cgutils.alloca_once_value(builder, e.const(0.0)) for _ in range(rows)]
+        _accumulate(e, sums, a, step_i, step_k, b, ld_b, n_k)
+        for i, total in enumerate(sums):
+            value = builder.load(total)
+            if scaled:
+                value = builder.fmul(value, e.splat(e.scalar(scale, e.index(i))))
+            e.store(value, c, builder.mul(ld_c, e.index(i)))
+        return context.get_dummy_value()
+
+    def tile(typing: Any, c: Any, ld_c: Any, a: Any, step_i: Any, step_k: Any, b: Any, ld_b: Any,
+             n_k: Any, scale: Any) -> Any:  # fmt: skip
+        return _void(9), codegen
+
+    return intrinsic(tile)  # type: ignore[no-any-return]
+
+
+tile_6, tile_4, tile_2, tile_1 = (_tile(n, False) for n in (6, 4, 2, 1))
+scaled_6, scaled_4, scaled_2, scaled_1 = (_tile(n, True) for n in (6, 4, 2, 1))
+
+
+@intrinsic  # type: ignore[misc]
+def max_dot_6(
+    typing: Any, out: Any, keys: Any, ld_keys: Any, queries: Any, n_tiles: Any, n_k: Any
+) -> Any:
+    """out[i] = max over queries of keys[i] . query, for 6 keys; queries: [n_tiles, n_k, 16]."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out, keys, ld_keys, queries, n_tiles, n_k = args
+        e = Emit(builder)
+        lowest = e.const(float("-inf"))
+        tops = [cgutils.alloca_once_value(builder, lowest) for _ in range(ROWS)]
+        sums = [cgutils.alloca_once_value(builder, e.const(0.0)) for _ in range(ROWS)]
+        tile_bytes = builder.mul(n_k, e.index(4 * LANES))
+        with cgutils.for_range(builder, n_tiles) as loop:
+            for total in sums:
+                builder.store(e.const(0.0), total)
+            tile = builder.add(queries, builder.mul(loop.index, tile_bytes))
+            _accumulate(e, sums, keys, ld_keys, e.index(1), tile, e.index(LANES), n_k)
+            for top, total in zip(tops, sums, strict=True):
+                builder.store(e.maximum(builder.load(top), builder.load(total)), top)
+        for i, top in enumerate(tops):
+            e.store(e.reduce("max", builder.load(top)), out, e.index(i), F32)
+        return context.get_dummy_value()
+
+    return _void(6), codegen
+
+
+def _dots(n_x: int, n_w: int) -> Callable[..., None]:
+    """out[i, j] = x[i] . w[j] for n_x rows x and n_w rows w: 16 partial sums each, then pairwise,
+    then the tail of n_k % 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out, ld_out, x, ld_x, w, ld_w, n_k = args
+        e = Emit(builder)
+        pairs = [(i, j) for i in range(n_x) for j in range(n_w)]
+        sums = {p: cgutils.alloca_once_value(builder, e.const(0.0)) for p in pairs}
+        x_rows = [builder.add(x, builder.mul(ld_x, e.index(4 * i))) for i in range(n_x)]
+        w_rows = [builder.add(w, builder.mul(ld_w, e.index(4 * j))) for j in range(n_w)]
+        whole = builder.udiv(n_k, e.index(LANES))
+        with cgutils.for_range(builder, whole) as loop:
+            offset = builder.mul(loop.index, e.index(LANES))
+            rights = [e.vector(row, offset) for row in w_rows]
+            for i in range(n_x):
+                left = e.vector(x_rows[i], offset)
+                for j in range(n_w):
+                    total = sums[i, j]
+                    builder.store(e.fma(left, rights[j], builder.load(total)), total)
+        tails = {p: cgutils.alloca_once(builder, F32) for p in pairs}
+        for p in pairs:
+            builder.store(e.reduce("add", builder.load(sums[p])), tails[p])
+        done = builder.mul(whole, e.index(LANES))
+        with cgutils.for_range(builder, builder.sub(n_k, done)) as loop:
+            offset = builder.add(done, loop.index)
+            for i, j in pairs:
+                product = (e.scalar(x_rows[i], offset), e.scalar(w_rows[j], offset))
+                builder.store(e.fma(*product, builder.load(tails[i, j])), tails[i, j])
+        for i, j in pairs:
+            at = builder.add(builder.mul(ld_out, e.index(i)), e.index(j))
+            e.store(builder.load(tails[i, j]), out, at, F32)
+        return context.get_dummy_value()
+
+    def dots(typing: Any, out: Any, ld_out: Any, x: Any, ld_x: Any, w: Any, ld_w: Any,
+             n_k: Any) -> Any:  # fmt: skip
+        return _void(7), codegen
+
+    return intrinsic(dots)  # type: ignore[no-any-return]
+
+
+dots_1x6, dots_1x4, dots_1x1 = _dots(1, 6), _dots(1, 4), _dots(1, 1)
+dots_2x2, dots_2x1, dots_4x1 = _dots(2, 2), _dots(2, 1), _dots(4, 1)
+
+
+@intrinsic  # type: ignore[misc]
+def softmax_columns(
+    typing: Any, s: Any, ld_s: Any, n_keys: Any, top_out: Any, total_out: Any
+) -> Any:
+    """For 16 columns of s [n_keys, ld_s]: s = 2 ** (s - max), the maxima and sums to 16 floats each.
+
+    A column of -inf gives zeros, sum 0 and maximum -inf.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        s, ld_s, n_keys, top_out, total_out = args
+        e = Emit(builder)
+        lowest = e.const(float("-inf"))
+        state = cgutils.alloca_once_value(builder, lowest)
+        with cgutils.for_range(builder, n_keys) as loop:
+            value = e.vector(s, builder.mul(loop.index, ld_s))
+            builder.store(e.maximum(builder.load(state), value), state)
+        top = builder.load(state)
+        e.store(top, top_out, e.index(0))
+        safe = builder.select(builder.fcmp_ordered("==", top, lowest), e.const(0.0), top)
+        builder.store(e.const(0.0), state)
+        with cgutils.for_range(builder, n_keys) as loop:
+            at = builder.mul(loop.index, ld_s)
+            value = e.exp2(builder.fsub(e.vector(s, at), safe))
+            e.store(value, s, at)
+            builder.store(builder.fadd(builder.load(state), value), state)
+        e.store(builder.load(state), total_out, e.index(0))
+        return context.get_dummy_value()
+
+    return _void(5), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def softmax_row(typing: Any, s: Any, n_tiles: Any, top_out: Any, total_out: Any) -> Any:
+    """The same for one row of 16 * n_tiles contiguous floats; one float each to the two outputs."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        s, n_tiles, top_out, total_out = args
+        e = Emit(builder)
+        lowest = e.const(float("-inf"))
+        state = cgutils.alloca_once_value(builder, lowest)
+        with cgutils.for_range(builder, n_tiles) as loop:
+            value = e.vector(s, builder.mul(loop.index, e.index(LANES)))
+            builder.store(e.maximum(builder.load(state), value), state)
+        top = e.reduce("max", builder.load(state))
+        e.store(top, top_out, e.index(0), F32)
+        least = ir.Constant(F32, float("-inf"))
+        safe = builder.select(builder.fcmp_ordered("==", top, least), ir.Constant(F32, 0.0), top)
+        shift = e.splat(safe)
+        builder.store(e.const(0.0), state)
+        with cgutils.for_range(builder, n_tiles) as loop:
+            at = builder.mul(loop.index, e.index(LANES))
+            value = e.exp2(builder.fsub(e.vector(s, at), shift))
+            e.store(value, s, at)
+            builder.store(builder.fadd(builder.load(state), value), state)
+        e.store(e.reduce("add", builder.load(state)), total_out, e.index(0), F32)
+        return context.get_dummy_value()
+
+    return _void(4), codegen
+
+
+def _load(kind: str, rotated: bool) -> Callable[..., None]:
+    """One stored row as float32 at dst, rotated or not. n: elements (or pairs), multiple of 8."""
+    wide = ir.VectorType(F32, 8)
+
+    def read(e: Emit, src: Any, at: Any) -> Any:
+        if kind == "float32":
+            return e.b.load(e.pointer(src, at, wide), align=4)
+        raw = e.b.load(e.pointer(src, at, ir.VectorType(ir.IntType(16), 8), 2), align=2)
+        if kind == "float16":
+            return e.b.fpext(e.b.bitcast(raw, ir.VectorType(ir.HalfType(), 8)), wide)
+        ints = ir.VectorType(I32, 8)
+        shifted = e.b.shl(e.b.zext(raw, ints), ir.Constant(ints, [16] * 8))
+        return e.b.bitcast(shifted, wide)
+
+    def copy(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dst, src, n = args
+        e = Emit(builder)
+        with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
+            at = builder.mul(loop.index, e.index(8))
+            e.store(read(e, src, at), dst, at, wide)
+        return context.get_dummy_value()
+
+    def rotate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dst, src, n, cos, sin = args
+        e = Emit(builder)
+        with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
+            at = builder.mul(loop.index, e.index(8))
+            above = builder.add(at, n)
+            first, second = read(e, src, at), read(e, src, above)
+            c = builder.load(e.pointer(cos, at, wide), align=4)
+            s = builder.load(e.pointer(sin, at, wide), align=4)
+            minus = builder.fsub(e.const(0.0, wide), builder.fmul(second, s))
+            e.store(e.fma(first, c, minus), dst, at, wide)
+            e.store(e.fma(second, c, builder.fmul(first, s)), dst, above, wide)
+        return context.get_dummy_value()
+
+    if rotated:
+
+        def load_rotated(typing: Any, dst: Any, src: Any, n: Any, cos: Any, sin: Any) -> Any:
+            return _void(5), rotate
+
+        return intrinsic(load_rotated)  # type: ignore[no-any-return]
+
+    def load(typing: Any, dst: Any, src: Any, n: Any) -> Any:
+        return _void(3), copy
+
+    return intrinsic(load)  # type: ignore[no-any-return]
+
+
+load_float32, load_float16, load_bfloat16 = (
+    _load(kind, False) for kind in ("float32", "float16", "bfloat16")
+)
+rotate_float32, rotate_float16, rotate_bfloat16 = (
+    _load(kind, True) for kind in ("float32", "float16", "bfloat16")
+)
+
+
+@intrinsic  # type: ignore[misc]
+def take_ticket(typing: Any, counter: Any) -> Any:
+    """Atomically add 1 to the int64 at an address; returns its old value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        pointer = e.pointer(args[0], e.index(0), ir.IntType(64), 8)
+        return builder.atomic_rmw("add", pointer, e.index(1), "monotonic")
+
+    return types.int64(types.int64), codegen
