@@ -135,8 +135,7 @@ def _dots(n_x: int, n_w: int) -> Callable[..., None]:
     return intrinsic(dots)  # type: ignore[no-any-return]
 
 
-dots_1x6, dots_1x4, dots_1x1 = _dots(1, 6), _dots(1, 4), _dots(1, 1)
-dots_2x2, dots_2x1, dots_4x1 = _dots(2, 2), _dots(2, 1), _dots(4, 1)
+dots_1x6, dots_1x1, dots_2x2 = _dots(1, 6), _dots(1, 1), _dots(2, 2)
 
 
 @intrinsic  # type: ignore[misc]
