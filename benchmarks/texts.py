@@ -55,7 +55,7 @@ def _paragraphs(theme: Theme, rng: random.Random) -> list[list[str]]:
 def build_text(
     count: Count, seed: int, n_tokens: int, facts: Sequence[tuple[float, str]] = ()
 ) -> str:
-    """A text of n_tokens (never more, at most one paragraph less) with sentences set at depths.
+    """A text of n_tokens (within one percent or one paragraph) with sentences set at depths.
 
     facts: (depth in [0, 1), sentence); each stands inside a paragraph, between two sentences.
     Raises ValueError if n_tokens is more than the generator can fill.
