@@ -150,7 +150,12 @@ def ray_calls() -> dict[str, tuple[Fetch, int]]:
     import ray
 
     ray.init(
-        num_cpus=1, object_store_memory=100 << 20, include_dashboard=False, log_to_driver=False
+        address="local",
+        num_cpus=1,
+        object_store_memory=100 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
     )
 
     class Pages:

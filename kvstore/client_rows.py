@@ -51,14 +51,15 @@ class RowTable:
             row.n_users -= 1
             return row.released and not row.n_users
 
-    def remove(self, name: str) -> Row | None:
-        """The row if the caller must clean it up now; None if there is none or it is in use."""
+    def remove(self, name: str, force: bool = False) -> Row | None:
+        """The row if the caller must clean it up now; None if there is none or, without force, if
+        it is in use."""
         with self._lock:
             row = self._rows.pop(name, None)
             if row is None:
                 return None
             row.released = True
-            return None if row.n_users else row
+            return None if row.n_users and not force else row
 
     def note(self, row: Row, handle: PageHandle, link: StoreLink | None) -> None:
         """The row holds this page, pinned at that store (None: a private copy)."""

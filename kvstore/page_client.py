@@ -219,7 +219,10 @@ class PageClient:
         self._stores.shutdown(wait=True, cancel_futures=True)
         self._keeper.join(timeout=self._timeout_s)
         for name in self._rows.names():
-            self.release(name)
+            # by force: stores that were cancelled before they began never leave their row
+            state = self._rows.remove(name, force=True)
+            if state is not None:
+                self._clean_up(state)
         self._calls.shutdown(wait=True)
         self._pool.close()
 

@@ -422,6 +422,14 @@ def test_release_while_a_store_is_under_way(pair: Stores) -> None:
     client.close()
 
 
+def test_close_while_stores_are_waiting(pair: Stores) -> None:
+    client = pair.client()
+    futures = [client.store(key_of(i), ROOT, page_of(i), "row") for i in range(60)]
+    client.close()
+    assert all(future.done() for future in futures)
+    assert [pair.stat(name, "leases") for name in pair.servers] == [0, 0]
+
+
 def test_drop(pair: Stores) -> None:
     client = pair.client()
     (held,) = put(client, [1])
