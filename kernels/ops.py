@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attend import attend_segments, mass_kept, merge_partials
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
-from .plan import Segment, plan_attend
+from .plan import Segment, plan_attend, touched_pages
 from .rope import Rope
 from .select import select_blocks
 from .selection import Selection
@@ -26,4 +26,5 @@ __all__ = [
     "merge_partials",
     "plan_attend",
     "select_blocks",
+    "touched_pages",
 ]

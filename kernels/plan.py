@@ -6,6 +6,7 @@ each has the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -143,3 +144,26 @@ def _windows(start: int, q_last: int, page_tokens: int, base: tuple[int, ...]) -
         segments.append(Segment("window", runs, page_tokens, key_start, base, False, page_tokens))
         first = (first // group + 1) * group
     return segments
+
+
+def touched_pages(segments: Sequence[Segment], n_kv_heads: int, n_pages: int) -> np.ndarray:
+    """bool [n_kv_heads, n_pages]: pages that any of the segments reads, per KV head.
+
+    One pass over all runs (`Segment.pages` serves single segments). Pages at n_pages or beyond,
+    which only unwritten slots of a last run can touch, are left out.
+    """
+    touched = np.zeros((n_kv_heads, n_pages), dtype=bool)
+    shapes: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        shapes.setdefault((segment.runs.shape[0], segment.block_tokens), []).append(segment)
+    for (n_heads, block_tokens), group in shapes.items():
+        runs = np.concatenate([segment.runs for segment in group], axis=1)
+        for token in (runs, runs + (block_tokens - 1)):
+            page = token // group[0].page_tokens
+            live = (runs >= 0) & (page < n_pages)
+            if n_heads == 1:
+                touched[:, page[live]] = True
+            else:
+                head = np.broadcast_to(np.arange(n_heads)[:, None], runs.shape)
+                touched[head[live], page[live]] = True
+    return touched

@@ -1,0 +1,101 @@
+"""Pages made of dense tensors, and memory in which whatever nobody wrote is NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.kernels import attend, linear, score
+from longreach.kernels.cpu_pool import POOL
+from longreach.kernels.paged import PagedKV
+from longreach.kernels.rope import Rope
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh and kept buffers hold NaN, so that reading an unwritten element shows."""
+    torch_empty, np_empty, scratch = torch.empty, np.empty, POOL.scratch
+
+    def fill(buffer: Any) -> Any:
+        if isinstance(buffer, torch.Tensor):
+            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
+        if buffer.dtype.kind == "f":
+            buffer.fill(np.nan)
+        return buffer
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(torch_empty(*a, **k)))
+    monkeypatch.setattr(np, "empty", lambda *a, **k: fill(np_empty(*a, **k)))
+    monkeypatch.setattr(POOL, "scratch", lambda *a, **k: fill(scratch(*a, **k)))
+
+
+@pytest.fixture(params=["numba", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: with the numba kernels, and as where numba is missing."""
+    if request.param == "torch":
+        monkeypatch.setattr(attend, "cpu_attend", None)
+        monkeypatch.setattr(score, "cpu_search", None)
+        monkeypatch.setattr(linear, "cpu_linear", None)
+    else:
+        assert attend.cpu_attend is not None
+        assert score.cpu_search is not None
+        assert linear.cpu_linear is not None
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(20261123)
+
+
+@pytest.fixture
+def rope() -> Callable[..., Rope]:
+    def make(head_dim: int, scaling: float = 1.0, base: float = 10000.0) -> Rope:
+        return Rope(1.0 / base ** (torch.arange(0, head_dim, 2) / head_dim), scaling)
+
+    return make
+
+
+@pytest.fixture
+def paged() -> Callable[..., tuple[PagedKV, torch.Tensor, torch.Tensor]]:
+    """k, v [Hkv, T, D] -> a view over shuffled leaves in several memories, everything else NaN, and
+    k, v as the pages hold them (rounded)."""
+
+    def make(
+        k: torch.Tensor,
+        v: torch.Tensor,
+        page_tokens: int = 64,
+        dtype: torch.dtype = torch.float32,
+        n_memories: int = 1,
+        seed: int = 0,
+    ) -> tuple[PagedKV, torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        n_heads, n_tokens, head_dim = k.shape
+        n_pages = -(-n_tokens // page_tokens)
+        n_leaves = n_heads * n_pages
+        memories = tuple(
+            torch.full((n_leaves + 3, 2, page_tokens, head_dim), torch.nan).to(dtype)
+            for _ in range(n_memories)
+        )
+        memory = torch.randint(0, n_memories, (n_heads, n_pages), generator=random)
+        row = torch.randperm(n_leaves + 3, generator=random)[:n_leaves].view(n_heads, n_pages)
+        for h in range(n_heads):
+            for page in range(n_pages):
+                tokens = slice(page * page_tokens, min((page + 1) * page_tokens, n_tokens))
+                leaf = memories[memory[h, page]][row[h, page]]
+                leaf[0, : tokens.stop - tokens.start] = k[h, tokens].to(dtype)
+                leaf[1, : tokens.stop - tokens.start] = v[h, tokens].to(dtype)
+        view = PagedKV(memories, memory, row, page_tokens, n_tokens)
+        return view, k.to(dtype).float(), v.to(dtype).float()
+
+    return make
