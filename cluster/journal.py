@@ -259,9 +259,11 @@ class Journal(JournalFile):
     def end_rows(self, ends: Sequence[RowEnd]) -> int:
         """Write ends and result lines together, in order. How many rows had not ended before."""
         n_ended = 0
+        for end in ends:
+            # before the transaction: the token log takes its own lock first, then the writer's
+            self.tokens.forget(end.row_id)
         with self.transaction() as db:
             for end in ends:
-                self.tokens.forget(end.row_id)
                 changed = db.execute(
                     "UPDATE rows SET state = ?, spec = NULL, error = ?, prompt_tokens = ?,"
                     " reused_tokens = ?, n_tokens = MAX(n_tokens, ?), ended_s = ?"

@@ -16,6 +16,7 @@ from ..core.config import Config
 from ..core.errors import (
     Aborted,
     Cancelled,
+    Draining,
     InternalError,
     LongreachError,
     Unavailable,
@@ -140,8 +141,8 @@ class WorkerPool:
             yield from self._stream(row_id, channel, prepared, sampling, tokens, cancel)
         except Unavailable as exc:
             cancel.check()
-            if type(exc) not in (Unavailable, WorkerLost):
-                raise  # a part behind the worker, or a draining worker: it lives
+            if type(exc) not in (Unavailable, WorkerLost, Draining):
+                raise  # a part behind the worker: the worker itself lives
             if self._runtime.workers().get(worker_id) is channel:
                 # the same channel: not yet replaced by a new incarnation
                 self._runtime.worker_failed(worker_id)

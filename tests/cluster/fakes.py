@@ -59,9 +59,7 @@ class FakePrompts:
             raise EmptyContext("the context has no tokens")
         return FakePrompt(np.concatenate([head, _words(question + " " + answer_prefix)]), len(head))
 
-    def build_messages(
-        self, messages: list[dict[str, Any]], answer_prefix: str = ""
-    ) -> FakePrompt:
+    def build_messages(self, messages: list[dict[str, Any]], answer_prefix: str = "") -> FakePrompt:
         return self.build(" ".join(m["content"] for m in messages), answer_prefix)
 
     def page_keys(self, prompt: FakePrompt) -> list[PageKey]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from longreach.cluster.batch import BatchRow, LineSplitter, parse_batch
 from longreach.core.config import Config
 from longreach.core.errors import (
@@ -58,7 +59,10 @@ def test_openai_chat_shape(config: Config) -> None:
     content = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     body = {
         "model": "embedded",
-        "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": content}],
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": content},
+        ],
         "answer_prefix": "So",
         "max_completion_tokens": 9,
         "n": 1,
