@@ -70,6 +70,7 @@ class PageFlow:
         self._store_timeout_s = store_timeout_s
         self._heads = np.arange(geometry.n_kv_heads, dtype=np.int64)
         self._writes: list[_Write] = []
+        self._claims: dict[PageKey, Row] = {}
         self._generation = np.zeros(0, dtype=np.int64)
         self._mapped: list[Tensor] = []
 
@@ -85,11 +86,11 @@ class PageFlow:
         n_here = 0
         while n_here < len(keys):
             page_id = self.pages.page_of_key.get(keys[n_here])
-            if page_id is None:
+            if page_id is None or not self.pages.complete[page_id]:
                 break
-            if not self.pages.complete[page_id]:
-                return keys[n_here]
             n_here += 1
+        if n_here < len(keys) and keys[n_here] in self._claims:
+            return keys[n_here]
         row.page_ids = [self.pages.page_of_key[key] for key in keys[:n_here]]
         for page_id in row.page_ids:
             self.pages.retain(page_id)
@@ -102,6 +103,7 @@ class PageFlow:
                 row.page_ids.append(page_id)
             row.stats.seconds_store += time.monotonic() - started
         row.n_existing_pages = len(row.page_ids)
+        self._claims.update((key, row) for key in keys[row.n_existing_pages :])
         return None
 
     def _acquire_leading(
@@ -121,11 +123,13 @@ class PageFlow:
 
     def is_settled(self, key: PageKey) -> bool:
         """Whether a page that a row waits for is complete, or nobody computes it any more."""
-        page_id = self.pages.page_of_key.get(key)
-        return page_id is None or bool(self.pages.complete[page_id])
+        return key not in self._claims
 
     def close(self, row: Row) -> None:
         """The row lets go of its pages; private ones are dropped from the store."""
+        for key in row.keys[row.n_existing_pages :]:
+            if self._claims.get(key) is row:
+                del self._claims[key]
         for page_id in row.page_ids:
             gone, ended = self.pages.let_go(page_id)
             if gone:
@@ -234,6 +238,7 @@ class PageFlow:
                 continue
             key, parent = self._name(row, page_index)
             self.pages.complete[page_id] = True
+            self._claims.pop(key, None)
             if self._client is None:
                 continue
             row.stats.bytes_device_to_store += self.geometry.page_nbytes

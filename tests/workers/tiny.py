@@ -148,12 +148,15 @@ def tiny_config(directory: Path, *sets: str, files: Sequence[str] = ()) -> Confi
     return load_config(files, [f"model.name={directory}", "store.capacity_bytes=67108864", *sets])
 
 
-def make_engine(config: Config, client: PageClient | None = None) -> Engine:
+def make_engine(
+    config: Config, client: PageClient | None = None, retrievers: dict[str, str] | None = None
+) -> Engine:
     torch.set_num_threads(2)
     model = ModelAdapter(Path(config.model.name))
     geometry = model_geometry(config)
     policies = policies_of(config, geometry.n_layers)
-    return Engine(config, model, geometry, policies, recipe_for(config).fingerprint(), client)
+    recipe = recipe_for(config).fingerprint()
+    return Engine(config, model, geometry, policies, recipe, client, retrievers=retrievers)
 
 
 def request(

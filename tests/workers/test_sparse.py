@@ -1,0 +1,286 @@
+"""Sparse invariance (DESIGN 6.2, 6.3): selection and tokens depend on the row alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.core.config import Config
+from longreach.workers import forward
+
+from .tiny import (
+    VOCAB,
+    make_engine,
+    make_tiny,
+    page_client,
+    prompts_of,
+    request,
+    run_all,
+    store_pool,
+    tiny_config,
+)
+
+N_NEW = 12
+
+# the 3K preset scaled down: chunks 64/16/8, keep 512/384/256 and 512/256/128, sink 64, window 128
+PRESET = """
+attention:
+  policies:
+    - layers: "0"
+      sink: 64
+      window: 128
+      select_rope: chunk-indexed
+      stages:
+        - {chunk: 64, keep: 512, refresh: 8, query_stride: 4}
+        - {chunk: 16, keep: 384, refresh: 4, query_stride: 4}
+        - {chunk: 8, keep: 256, refresh: 2}
+    - layers: rest
+      sink: 64
+      window: 128
+      select_rope: relative
+      stages:
+        - {chunk: 64, keep: 512, refresh: 8, query_stride: 4}
+        - {chunk: 16, keep: 256, refresh: 4, query_stride: 4}
+        - {chunk: 8, keep: 128, refresh: 2}
+"""
+SMALLEST_BANK = 1 + 2 + 8
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("sparse-llama"))
+
+
+@pytest.fixture(scope="session")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("preset") / "small-3k.yaml"
+    path.write_text(PRESET)
+    return str(path)
+
+
+@pytest.fixture
+def config(llama: Path, preset: str) -> Any:
+    def make(*sets: str) -> Config:
+        return tiny_config(llama, *sets, files=[preset])
+
+    return make
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], list[bytes]]:
+    """Every selection made: blocks by (queries' fingerprint), so that runs can be compared."""
+    seen: dict[tuple[int, ...], list[bytes]] = {}
+    select = forward.LayerAttention.select
+
+    def spy(self: Any, layer: int, row: Any, q: Any, q_start: int, *rest: Any) -> Any:
+        selection = select(self, layer, row, q, q_start, *rest)
+        name = (hash(row.request.prompt.tobytes()), layer, q_start)
+        if selection is not None:
+            seen.setdefault(name, []).append(selection.blocks.numpy().tobytes())
+        return selection
+
+    monkeypatch.setattr(forward.LayerAttention, "select", spy)
+    return seen
+
+
+def run(config: Config, prompts: list[np.ndarray], tmp_path: Path, stores: int = 2) -> list[Any]:
+    with store_pool(config, tmp_path, count=stores) as pool, page_client(config, pool) as client:
+        engine = make_engine(config, client)
+        for i, prompt in enumerate(prompts):
+            engine.submit(request(f"row-{i}", prompt, N_NEW))
+        done = run_all(engine)
+        return [done[f"row-{i}"] for i in range(len(prompts))]
+
+
+def tokens(rows: list[Any]) -> list[list[int]]:
+    return [row["token_ids"] for row in rows]
+
+
+def test_the_preset_really_prunes(config: Any, llama: Path, tmp_path: Path) -> None:
+    prompts = prompts_of(1500)
+    sparse = tokens(run(config(), prompts, tmp_path))
+    dense = tokens(run(tiny_config(llama), prompts, tmp_path))
+    assert sparse != dense
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 256, 4096])
+@pytest.mark.parametrize("stores", [1, 3])
+def test_chunking_and_store_count_change_nothing(
+    config: Any, watched: dict[Any, list[bytes]], tmp_path: Path, chunk_tokens: int, stores: int
+) -> None:
+    prompts = prompts_of(1500)
+    base = tokens(run(config(), prompts, tmp_path))
+    other = config(f"worker.prefill_chunk_tokens={chunk_tokens}")
+    assert tokens(run(other, prompts, tmp_path, stores)) == base
+    assert len(watched) > 60
+    for name, blocks in watched.items():
+        assert len(blocks) == 2, name
+        assert len(set(blocks)) == 1, name
+
+
+def test_companions_change_nothing(
+    config: Any, watched: dict[Any, list[bytes]], tmp_path: Path
+) -> None:
+    prompts = prompts_of(900, 1100, 1300, 700, shared=640)
+    alone = [tokens(run(config(), [p], tmp_path))[0] for p in prompts]
+    assert tokens(run(config(), prompts, tmp_path)) == alone
+    assert all(len(set(blocks)) == 1 for blocks in watched.values())
+
+
+@pytest.mark.parametrize("device_pages", [SMALLEST_BANK, 16, 24])
+def test_the_device_bank_changes_nothing(
+    config: Any, watched: dict[Any, list[bytes]], tmp_path: Path, device_pages: int
+) -> None:
+    prompts = prompts_of(2300)
+    (whole,) = run(config("cache.device_pages=64"), prompts, tmp_path)
+    (small,) = run(config(f"cache.device_pages={device_pages}"), prompts, tmp_path)
+    assert small["token_ids"] == whole["token_ids"]
+    assert whole["stats"]["bank_misses"] == 0
+    assert small["stats"]["bank_misses"] > 0
+    assert all(len(set(blocks)) == 1 for blocks in watched.values())
+    if device_pages == SMALLEST_BANK:
+        assert small["stats"]["attend_passes"] > whole["stats"]["attend_passes"]
+
+
+def test_a_smaller_bank_than_that_is_refused_with_the_numbers(config: Any, tmp_path: Path) -> None:
+    from longreach.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=f"less than the {SMALLEST_BANK} pages"):
+        run(config(f"cache.device_pages={SMALLEST_BANK - 1}"), prompts_of(100), tmp_path)
+
+
+def test_cached_masks_with_refresh_1_equal_uncached_ones(
+    config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompts = prompts_of(1500)
+    refresh_1 = [
+        f"attention.policies.{p}.stages.{s}.refresh=1" for p in range(2) for s in (2, 1, 0)
+    ]
+    cached = tokens(run(config(*refresh_1), prompts, tmp_path))
+    monkeypatch.setattr(forward, "refresh_level", lambda *a, **k: 0)
+    uncached = tokens(run(config(), prompts, tmp_path))
+    assert cached == uncached
+
+
+def test_cached_masks_are_reused_between_refreshes(config: Any, tmp_path: Path) -> None:
+    """The other half of the former test: with the preset's own intervals masks do get old."""
+    prompts = prompts_of(1500)
+    calls: list[int] = []
+    select = forward.select_blocks
+
+    def spy(
+        q: Any,
+        q_start: int,
+        view: Any,
+        policy: Any,
+        rope: Any,
+        previous: Any,
+        level: int,
+        **more: Any,
+    ) -> Any:
+        if q.shape[1] == 1:
+            calls.append(level)
+        return select(q, q_start, view, policy, rope, previous, level, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward, "select_blocks", spy)
+        run(config(), prompts, tmp_path)
+    assert set(calls) == {0, 1, 2, 3}
+    assert calls.count(3) > calls.count(0)
+
+
+def test_a_replay_gives_the_tokens_of_the_undisturbed_run(config: Any, tmp_path: Path) -> None:
+    prompts = prompts_of(1500)
+    (whole,) = tokens(run(config(), prompts, tmp_path))
+    settings = config("cache.device_pages=16")
+    with store_pool(settings, tmp_path) as pool, page_client(settings, pool) as client:
+        engine = make_engine(settings, client)
+        engine.submit(request("row", prompts[0], N_NEW, forced=whole[:7]))
+        assert run_all(engine)["row"]["token_ids"] == whole
+
+
+def test_rows_that_share_a_context_prefill_it_once(config: Any, tmp_path: Path) -> None:
+    prompts = prompts_of(1000, 1010, 1020, shared=960)
+    rows = run(config(), prompts, tmp_path)
+    assert rows[0]["stats"]["tokens_prefilled"] == 1000
+    for i, row in enumerate(rows[1:], start=1):
+        assert row["stats"]["tokens_reused"] == 960
+        assert row["stats"]["tokens_prefilled"] == len(prompts[i]) - 960
+
+
+@pytest.mark.parametrize("scorer", ["bounds", "mean"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_summaries_scored_here_or_at_a_retriever_select_the_same(
+    config: Any,
+    watched: dict[Any, list[bytes]],
+    tmp_path: Path,
+    scorer: str,
+    remote: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from longreach.kvstore.transport import serve
+    from longreach.workers.retriever_service import RetrieverService
+    from longreach.workers.summary_index import SummaryIndex
+
+    sets = [f"attention.policies.{p}.stages.0.scorer={scorer}" for p in range(2)]
+    sets += [f"attention.policies.{p}.stages.0.keep=384" for p in range(2)]
+    prompts = prompts_of(1500, 1400, shared=1300)
+    plain = config(*sets)
+    with monkeypatch.context() as patch:
+        # the reference: no index at all, summaries made from the keys every time
+        patch.setattr(SummaryIndex, "select_arguments", lambda *a, **k: {})
+        base = tokens(run(plain, prompts, tmp_path))
+    settings = config(*sets, f"retriever.remote={str(remote).lower()}")
+    service = RetrieverService(settings, "retriever-0")
+    server = serve(service, f"mem://retriever-{scorer}-{remote}")
+    try:
+        with store_pool(settings, tmp_path) as pool, page_client(settings, pool) as client:
+            engine = make_engine(settings, client, {"retriever-0": server.address})
+            for i, prompt in enumerate(prompts):
+                engine.submit(request(f"row-{i}", prompt, N_NEW))
+            done = run_all(engine)
+            assert [done[f"row-{i}"]["token_ids"] for i in range(2)] == base
+    finally:
+        server.stop()
+    assert all(len(set(blocks)) == 1 for blocks in watched.values())
+    assert service._retriever.stats()["contexts"] == 0
+
+
+def test_prompt_tokens_outside_the_vocabulary_are_refused(config: Any) -> None:
+    from longreach.core.errors import InvalidInput
+
+    engine = make_engine(config())
+    with pytest.raises(InvalidInput, match="outside the vocabulary"):
+        engine.submit(request("row", np.array([VOCAB], dtype=np.uint32), 4))
+
+
+def test_a_row_whose_keys_are_not_finite_fails_and_the_others_go_on(
+    config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompts = prompts_of(200, 300)
+    settings = config()
+    expected = tokens(run(settings, prompts[1:], tmp_path))[0]
+    append = forward.PageFlow.append
+
+    def poison(self: Any, layer: int, row: Any, start: int, k: Any, v: Any) -> None:
+        if row.row_id == "row-0" and layer == 1:
+            k = torch.full_like(k, torch.nan)
+        append(self, layer, row, start, k, v)
+
+    monkeypatch.setattr(forward.PageFlow, "append", poison)
+    engine = make_engine(settings)
+    for i, prompt in enumerate(prompts):
+        engine.submit(request(f"row-{i}", prompt, N_NEW))
+    errors, done = {}, {}
+    while engine.n_rows:
+        for event in engine.step():
+            if event.error is not None:
+                errors[event.row_id] = event.error.reason
+            if event.kind == "done":
+                done[event.row_id] = event.payload["token_ids"]
+    assert errors == {"row-0": "NUMERICAL_ERROR"}
+    assert done == {"row-1": expected}
