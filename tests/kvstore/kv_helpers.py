@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longreach.core.page_key import ROOT_KEY, PageKey, RecipeFingerprint
-from longreach.kvstore.page import Bytes, PageGeometry
+from longreach.kvstore.page import Bytes, PageGeometry, page_checksums
 from longreach.kvstore.page_client import PageClient, PageHandle
 from longreach.kvstore.store_service import StoreService
 from longreach.kvstore.transport import Server, connect, serve
@@ -108,3 +108,23 @@ def bytes_at(client: PageClient, handle: PageHandle) -> Bytes:
     leaves = client.memories[handle.memory].reshape(-1, client.geometry.leaf_nbytes)
     first = handle.first_leaf_row
     return leaves[first : first + client.geometry.n_leaves].reshape(-1)
+
+
+def put(client: PageClient, numbers: range | list[int], row: str = "row") -> list[PageHandle]:
+    futures = [client.store(key_of(i), ROOT, page_of(i), row) for i in numbers]
+    return [future.result(10) for future in futures]
+
+
+def take(
+    client: PageClient, numbers: range | list[int], row: str = "row"
+) -> list[PageHandle | None]:
+    return client.acquire([key_of(i) for i in numbers], row)
+
+
+def check(
+    client: PageClient, handles: list[PageHandle | None] | list[PageHandle], first: int = 0
+) -> None:
+    for i, handle in enumerate(handles, first):
+        assert handle is not None
+        assert (bytes_at(client, handle) == page_of(i)).all()
+        assert np.array_equal(handle.checksums, page_checksums(page_of(i), GEOMETRY))
