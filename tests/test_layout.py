@@ -240,7 +240,8 @@ def test_folders_carry_no_init_file() -> None:
     """As a regular package our `kernels` would shadow the one that transformers probes for."""
     for folder in (*LAYERS, "tests", "benchmarks", "examples"):
         assert not list((ROOT / folder).rglob("__init__.py")), folder
-    assert not list((ROOT / "tests").rglob("conftest.py"))[1:], "one conftest, in tests/"
+    # a conftest in the root would load the package a second time, under the checkout's name
+    assert not (ROOT / "conftest.py").exists()
 
 
 def test_the_package_list_is_complete() -> None:
