@@ -67,8 +67,8 @@ class ContextStore:
                     n_bytes += len(chunk)
                     if n_bytes > self.max_bytes:
                         raise ContextTooLong(
-                            f"context of more than {self.max_bytes} bytes; the limit is 16 bytes "
-                            "per token of model.max_context_tokens",
+                            f"context of more than {self.max_bytes} bytes (16 per token of "
+                            "model.max_context_tokens, at least 1 MiB)",
                             max_bytes=self.max_bytes,
                         )
                     digest.update(chunk)

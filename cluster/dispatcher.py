@@ -68,6 +68,7 @@ class Dispatcher:
         self._changed = threading.Condition()
         self._n_changes = 0
         self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="row")
+        self._n_slots = 0
         self._draining = False
         self._stopped = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="dispatch", daemon=True)
@@ -76,6 +77,7 @@ class Dispatcher:
         """Take up every job of the journal that has not ended, then run."""
         for job_id in self._journal.recover():
             self._take_up(job_id)
+        self._count_slots()
         self._ticker.start()
 
     def accepted(self, job_id: str) -> None:
@@ -254,18 +256,20 @@ class Dispatcher:
             self._changed.notify_all()
 
     def _tick(self) -> None:
-        per_worker = 2 * self._config.worker.max_rows
-        n_slots = 0
         while not self._stopped.wait(TICK_S):
             try:
-                now_slots = min(MAX_THREADS, self._pool.n_live() * per_worker)
-                if now_slots != n_slots:
-                    n_slots = now_slots
-                    self._apply(book_of.SlotsChanged(n_slots))
+                self._count_slots()
                 self._apply(book_of.Tick())
                 self._sample()
             except Exception:  # the loop must outlive a full disk or a wiring in trouble
                 log.exception("dispatch")
+
+    def _count_slots(self) -> None:
+        """Two batches per worker: rows of one context are there together, few are bound early."""
+        n_slots = min(MAX_THREADS, self._pool.n_live() * 2 * self._config.worker.max_rows)
+        if n_slots != self._n_slots:
+            self._n_slots = n_slots
+            self._apply(book_of.SlotsChanged(n_slots))
 
     def _sample(self) -> None:
         with self._lock:

@@ -88,5 +88,5 @@ def check_model(name: str, config: Config) -> None:
 
 
 def max_context_bytes(config: Config) -> int:
-    """Bound on a context's UTF-8 bytes: 16 per token, four times what ordinary text needs."""
-    return config.model.max_context_tokens * 16
+    """Bound on a context's UTF-8 bytes, four times what ordinary text of that length needs."""
+    return max(1 << 20, 16 * config.model.max_context_tokens)
