@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from .runtime import Runtime
 log = logging.getLogger(__name__)
 
 EXIT_AT_ONCE = 1
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(
@@ -62,15 +64,26 @@ def make_runtime(config: Config) -> Runtime:
 
 
 def run(config: Config, runtime: Runtime, *, keep_parts: bool = False) -> int:
-    """Serve until a signal. Returns the exit code: 0 after a clean drain."""
+    """Serve until a signal, in the main thread. Returns the exit code: 0 after a clean drain.
+
+    Raises what Gateway.start raises, KeyboardInterrupt for a signal while starting.
+    """
     from .gateway import Gateway
 
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     stopping = threading.Event()
-    _on_signal(stopping)
     gateway = Gateway(config, runtime)
+    n_running = 0
     try:
+        _on_signals(_interrupt)
         address = gateway.start()
-        _on_signal(stopping)  # libraries may have taken the handlers while they were loaded
+
+        def on_signal(signum: int, frame: FrameType | None) -> None:
+            if stopping.is_set():
+                os._exit(EXIT_AT_ONCE)
+            stopping.set()
+
+        _on_signals(on_signal)
         out.print(f"serving at {address}", soft_wrap=True)
         out.print(f"state in {Path(config.gateway.state_dir).resolve()}", soft_wrap=True)
         while not stopping.wait(1.0):
@@ -80,18 +93,19 @@ def run(config: Config, runtime: Runtime, *, keep_parts: bool = False) -> int:
         n_running = gateway.drain(timeout_s)
     finally:
         gateway.stop(keep_parts=keep_parts)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     if n_running:
         err.print(f"{n_running} rows still ran; they are in the journal for the next start")
     return 0
 
 
-def _on_signal(stopping: threading.Event) -> None:
-    """First signal: drain. While starting up: stop. Second signal: end without cleaning up."""
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for signum in SIGNALS:
+        signal.signal(signum, handler)
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if stopping.is_set():
-            os._exit(EXIT_AT_ONCE)
-        stopping.set()
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, handle)
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """While starting up: end what was begun. A second signal ends at once."""
+    _on_signals(lambda signum, frame: os._exit(EXIT_AT_ONCE))
+    raise KeyboardInterrupt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,10 +130,11 @@ class Client:
         if not name and isinstance(batch, str | Path) and batch:
             name = Path(batch).name
         header = jobs_pb2.SubmitHeader(name=name, uri=uri, idempotency_key=idempotency_key)
+        chunks = _chunks(batch) if batch else iter(())
 
         def requests() -> Iterator[jobs_pb2.SubmitRequest]:
             yield jobs_pb2.SubmitRequest(header=header)
-            for chunk in _chunks(batch) if batch else ():
+            for chunk in chunks:
                 yield jobs_pb2.SubmitRequest(chunk=chunk)
 
         response: jobs_pb2.SubmitResponse = self._send(self._jobs.Submit, requests(), timeout_s)
@@ -271,14 +272,20 @@ def _sampling(fields: Mapping[str, Any]) -> inference_pb2.Sampling:
         raise InvalidInput(f"sampling: {exc}") from exc
 
 
-def _chunks(source: str | Path | bytes) -> Iterable[bytes]:
+def _chunks(source: str | Path | bytes) -> Iterator[bytes]:
+    """Pieces of bytes, or of the file at a path. An unreadable file is told here, not later:
+    gRPC hides what an iterator of requests raises."""
     if isinstance(source, bytes):
-        for start in range(0, len(source), CHUNK_BYTES):
-            yield source[start : start + CHUNK_BYTES]
-        return
+        starts = range(0, len(source), CHUNK_BYTES)
+        return (source[start : start + CHUNK_BYTES] for start in starts)
     try:
-        with open(source, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
+        file = open(source, "rb")  # noqa: SIM115
     except OSError as exc:
         raise UnreadableUri(f"{source}: {exc.strerror}") from exc
+
+    def pieces() -> Iterator[bytes]:
+        with file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    return pieces()

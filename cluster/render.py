@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .proto import jobs_pb2
 from .summary import Summary
@@ -51,19 +52,22 @@ def state_name(state: jobs_pb2.JobState) -> str:
 
 def jobs_table(jobs: Iterable[jobs_pb2.Job]) -> Table:
     """One line per job, newest first."""
-    table = Table("job", "name", "state", "rows", "failed", "tokens in", "out", "created", "took")
+    # the id is copied into other commands: it must be whole, however narrow the terminal
+    table = Table(Column("job", no_wrap=True, min_width=20), box=box.SIMPLE)
+    for name in ("state", "rows", "failed", "in", "out", "created", "took", "name"):
+        table.add_column(name, no_wrap=name == "state")
     for job in jobs:
         end_s = job.ended_s or time.time()
         table.add_row(
             job.job_id,
-            job.name,
             state_name(job.state),
             f"{job.rows.done + job.rows.failed + job.rows.cancelled}/{job.rows.total}",
             str(job.rows.failed),
             human_count(job.prompt_tokens),
             human_count(job.decoded_tokens),
-            datetime.fromtimestamp(job.created_s).strftime("%Y-%m-%d %H:%M:%S"),
+            datetime.fromtimestamp(job.created_s).strftime("%m-%d %H:%M"),
             human_seconds(end_s - job.started_s) if job.started_s else "-",
+            job.name,
         )
     return table
 
