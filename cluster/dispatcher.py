@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from ..core.clock import Clock, SystemClock
@@ -20,18 +19,20 @@ from ..core.errors import (
     LongreachError,
     ResourceExhausted,
     WorkerLost,
-    as_longreach_error,
 )
-from . import jobs as book_of
+from . import job_events as events
 from .contexts import ContextStore
-from .jobs import JobBook, JobRow
-from .journal import Journal, RowEnd
+from .job_events import JobRow
+from .jobs import JobBook
+from .journal import Journal
 from .metrics import Metrics
-from .preparer import Prepared, Preparer
+from .preparer import Preparer
 from .progress import JobProgress, RowProgress, Snapshot
-from .results import Outcome, answer_line, error_line
-from .row import JobState, RowSpec, RowState
-from .worker_pool import Assigned, CancelSwitch, NewToken, Progress, WorkerPool, can_retry
+from .records import RowEnd
+from .results import error_line
+from .row import JobState, RowState
+from .row_runner import Ended, Left, RowRunner
+from .worker_pool import CancelSwitch, WorkerPool
 
 log = logging.getLogger("longreach.dispatch")
 TICK_S = 0.2
@@ -55,10 +56,10 @@ class Dispatcher:
         self._config = config
         self._journal = journal
         self._contexts = contexts
-        self._preparer = preparer
         self._pool = pool
         self._metrics = metrics
         self._clock = clock or SystemClock()
+        self._runner = RowRunner(config, journal, preparer, pool, metrics, self._clock)
         self._book = JobBook(config.gateway.max_attempts)
         self._progress: dict[str, JobProgress] = {}
         self._custom_ids: dict[str, str] = {}
@@ -90,7 +91,7 @@ class Dispatcher:
         record = self._journal.job(job_id)
         if record.state.ended:
             raise AlreadyEnded(f"job '{job_id}' is {record.state.value} already", job_id=job_id)
-        self._apply(book_of.JobCancelled(job_id))
+        self._apply(events.JobCancelled(job_id))
 
     @property
     def n_open_rows(self) -> int:
@@ -135,7 +136,7 @@ class Dispatcher:
     def drain(self, timeout_s: float) -> int:
         """Start no further row, wait for those that run; how many still run then."""
         self._draining = True
-        self._apply(book_of.Drained())
+        self._apply(events.Drained())
         deadline_s = self._clock.monotonic_s() + timeout_s
         with self._changed:
             while self._book.n_running:
@@ -153,7 +154,7 @@ class Dispatcher:
         with self._lock:
             switches = list(self._switches.values())
         for switch in switches:
-            switch.cancel()
+            switch.cancel(abandon=True)
         if self._ticker.is_alive():
             self._ticker.join(timeout=_STOP_WAIT_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -173,7 +174,7 @@ class Dispatcher:
             self._progress[job_id] = JobProgress(rows)
             self._custom_ids.update({row.row_id: row.custom_id for row in rows})
             self._apply(
-                book_of.JobAccepted(
+                events.JobAccepted(
                     job_id,
                     rows,
                     n_done=record.counts[RowState.DONE],
@@ -182,10 +183,10 @@ class Dispatcher:
                 )
             )
 
-    def _apply(self, event: book_of.Event) -> None:
+    def _apply(self, event: events.Event) -> None:
         with self._lock:
             actions = self._book.handle(event, self._clock.monotonic_s())
-            ends = [action for action in actions if isinstance(action, book_of.EndRow)]
+            ends = [action for action in actions if isinstance(action, events.EndRow)]
             if ends:
                 try:
                     self._write_ends(ends)
@@ -196,23 +197,23 @@ class Dispatcher:
         if actions:
             self._notify()
 
-    def _carry_out(self, action: book_of.Action) -> None:
+    def _carry_out(self, action: events.Action) -> None:
         """Never raises: the actions after this one must be carried out too."""
         try:
             match action:
-                case book_of.StartRow(row_id, attempt):
+                case events.StartRow(row_id, attempt):
                     self._start_row(row_id, attempt)
-                case book_of.StopRow(row_id):
+                case events.StopRow(row_id):
                     if row_id in self._switches:
                         self._switches[row_id].cancel()
-                case book_of.RequeueRow(row_id):
+                case events.RequeueRow(row_id):
                     self._journal.requeue_row(row_id)
-                case book_of.SetJobState(job_id, state):
+                case events.SetJobState(job_id, state):
                     self._set_job_state(job_id, state)
         except Exception:
             log.exception("%s", action)
 
-    def _write_ends(self, ends: list[book_of.EndRow]) -> None:
+    def _write_ends(self, ends: list[events.EndRow]) -> None:
         rows = []
         for end in ends:
             if end.state == RowState.CANCELLED:
@@ -239,16 +240,16 @@ class Dispatcher:
             log.info("job %s is %s", job_id, state.value)
 
     def _start_row(self, row_id: str, attempt: int) -> None:
-        switch = CancelSwitch()
-        self._switches[row_id] = switch
-        self._threads.submit(self._run_row, row_id, attempt, switch)
+        if self._stopped.is_set():
+            return
+        switch = self._switches[row_id] = CancelSwitch()
+        shown = self._progress[_job_of(row_id)].start(row_id, attempt)
+        self._threads.submit(self._run_row, row_id, shown, switch)
 
     def _forget(self, row_id: str) -> None:
         self._custom_ids.pop(row_id, None)
         self._last_error.pop(row_id, None)
-        progress = self._progress.get(row_id.rpartition(".")[0])
-        if progress is not None:
-            progress.end(row_id)
+        self._progress[_job_of(row_id)].end(row_id)
 
     def _notify(self) -> None:
         with self._changed:
@@ -259,7 +260,7 @@ class Dispatcher:
         while not self._stopped.wait(TICK_S):
             try:
                 self._count_slots()
-                self._apply(book_of.Tick())
+                self._apply(events.Tick())
                 self._sample()
             except Exception:  # the loop must outlive a full disk or a wiring in trouble
                 log.exception("dispatch")
@@ -269,120 +270,33 @@ class Dispatcher:
         n_slots = min(MAX_THREADS, self._pool.n_live() * 2 * self._config.worker.max_rows)
         if n_slots != self._n_slots:
             self._n_slots = n_slots
-            self._apply(book_of.SlotsChanged(n_slots))
+            self._apply(events.SlotsChanged(n_slots))
 
     def _sample(self) -> None:
         with self._lock:
             for progress in self._progress.values():
                 progress.sample(self._clock.monotonic_s())
 
-    # one attempt of one row, in a thread of its own
-
-    def _run_row(self, row_id: str, attempt: int, switch: CancelSwitch) -> None:
-        event: book_of.Event
-        try:
-            event = self._attempt(row_id, attempt, switch)
-        except Exception as exc:
-            event = self._after_error(row_id, switch, as_longreach_error(exc))
-            if not isinstance(exc, LongreachError):
-                log.exception("row %s", row_id)
+    def _run_row(self, row_id: str, shown: RowProgress, switch: CancelSwitch) -> None:
+        custom_id = self._custom_ids[row_id]
+        outcome = self._runner.run(row_id, custom_id, shown, switch, self._note_progress)
         with self._lock:
             self._switches.pop(row_id, None)
-            if self._stopped.is_set():
-                return  # the journal keeps the row and its tokens for the next start
-            if isinstance(event, book_of.RowEnded):
+            if isinstance(outcome, Left):
+                return
+            if isinstance(outcome, Ended):
                 self._forget(row_id)
-            else:
-                progress = self._progress.get(row_id.rpartition(".")[0])
-                if progress is not None:
-                    progress.lose(row_id)
-            self._apply(event)
+                self._apply(events.RowEnded(row_id, outcome.state))
+                return
+            self._last_error[row_id] = outcome.error
+            self._progress[_job_of(row_id)].lose(row_id)
+            full = isinstance(outcome.error, ResourceExhausted)
+            self._apply(events.RowLost(row_id, full=full))
 
-    def _attempt(self, row_id: str, attempt: int, switch: CancelSwitch) -> book_of.RowEnded:
-        started_s = self._clock.monotonic_s()
-        self._journal.start_row(row_id)
-        spec = self._journal.spec(row_id)
-        tokens = self._journal.tokens.read(row_id)
+    def _note_progress(self, row_id: str, score: int) -> None:
         with self._lock:
-            job_progress = self._progress[row_id.rpartition(".")[0]]
-            shown = job_progress.start(row_id, attempt, len(tokens))
-        switch.check()
-        prepared = self._preparer.prepare(spec, row_id)
-        shown.total = prepared.n_prompt_tokens
-        outcome = self._stream(row_id, spec, prepared, tokens, switch, shown)
-        end = RowEnd(
-            row_id,
-            RowState.DONE,
-            answer_line(
-                row_id=row_id,
-                custom_id=spec.custom_id,
-                kind=spec.kind,
-                model=spec.model or self._config.model.name,
-                created_s=self._clock.wall_s(),
-                n_prompt_tokens=prepared.n_prompt_tokens,
-                outcome=outcome,
-            ),
-            prompt_tokens=prepared.n_prompt_tokens,
-            reused_tokens=int(outcome.stats.get("tokens_reused", 0)),
-            decoded_tokens=outcome.n_tokens,
-        )
-        self._journal.end_row(end)
-        self._metrics.answered("batch", outcome, self._clock.monotonic_s() - started_s)
-        return book_of.RowEnded(row_id, RowState.DONE)
-
-    def _stream(
-        self,
-        row_id: str,
-        spec: RowSpec,
-        prepared: Prepared,
-        tokens: Iterable[int],
-        switch: CancelSwitch,
-        shown: RowProgress,
-    ) -> Outcome:
-        events = self._pool.run(row_id, prepared, spec.sampling, list(tokens), switch)
-        for event in events:
-            match event:
-                case Assigned(worker_id):
-                    shown.worker_id = worker_id
-                case Progress():
-                    shown.phase = event.phase
-                    shown.prefilled = event.prefilled
-                    shown.reused = event.reused
-                case NewToken():
-                    self._journal.tokens.append(row_id, event.index, event.token_id)
-                    shown.phase = "decode"
-                    shown.decoded = event.index + 1
-                case Outcome():
-                    return event
-            self._apply_progress(row_id, shown)
-        raise WorkerLost(f"row {row_id}: no answer came")
-
-    def _apply_progress(self, row_id: str, shown: RowProgress) -> None:
-        with self._lock:  # progress never starts or ends a row: no actions to carry out
-            score = shown.prefilled + shown.decoded
             self._book.note_progress(row_id, score)
 
-    def _after_error(
-        self, row_id: str, switch: CancelSwitch, error: LongreachError
-    ) -> book_of.RowEnded | book_of.RowLost:
-        if self._stopped.is_set():
-            return book_of.RowLost(row_id)
-        cancelled = switch.is_set()
-        if not cancelled and can_retry(error):
-            log.warning("row %s is routed again: %s", row_id, error)
-            self._metrics.lost(error.reason)
-            self._last_error[row_id] = error
-            return book_of.RowLost(row_id, full=isinstance(error, ResourceExhausted))
-        state = RowState.CANCELLED if cancelled else RowState.FAILED
-        if cancelled:
-            error = Cancelled("the job was cancelled while the row ran")
-        else:
-            self._metrics.failed("batch", error.reason)
-        line = error_line(row_id, self._custom_ids.get(row_id, ""), error)
-        try:
-            self._journal.end_row(RowEnd(row_id, state, line, error.reason))
-        except Exception as exc:
-            log.exception("row %s", row_id)
-            self._last_error[row_id] = as_longreach_error(exc)
-            return book_of.RowLost(row_id)
-        return book_of.RowEnded(row_id, state)
+
+def _job_of(row_id: str) -> str:
+    return row_id.rpartition(".")[0]

@@ -237,11 +237,16 @@ class Gateway:
 
     def _register(self, service: Service) -> None:
         server = self._server
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(service), server)
-        jobs_pb2_grpc.add_JobsServicer_to_server(JobsServicer(service), server)
-        contexts_pb2_grpc.add_ContextsServicer_to_server(ContextsServicer(service), server)
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(service, self.drain), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        # generated code carries no types
+        adders: tuple[tuple[Any, Any], ...] = (
+            (inference_pb2_grpc.add_InferenceServicer_to_server, InferenceServicer(service)),
+            (jobs_pb2_grpc.add_JobsServicer_to_server, JobsServicer(service)),
+            (contexts_pb2_grpc.add_ContextsServicer_to_server, ContextsServicer(service)),
+            (admin_pb2_grpc.add_AdminServicer_to_server, AdminServicer(service, self.drain)),
+            (health_pb2_grpc.add_HealthServicer_to_server, self._health),
+        )
+        for add, servicer in adders:
+            add(servicer, server)
         names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 

@@ -9,7 +9,7 @@ from ..core.errors import EmptyContext, InvalidInput
 from .proto import inference_pb2 as pb
 from .proto import inference_pb2_grpc
 from .results import Outcome
-from .row import Message, RowSpec, check_model
+from .row import ROLES, Message, RowSpec, check_model
 from .rpc_status import streaming
 from .sampling import Sampling, parse_sampling
 from .service import Service
@@ -79,12 +79,13 @@ def row_spec(request: pb.GenerateRequest, service: Service) -> RowSpec:
 
 
 def _message(index: int, message: pb.ChatMessage) -> Message:
-    if message.role not in ("system", "user", "assistant"):
+    role = ROLES.get(message.role)
+    if role is None:
         field = f"messages.{index}.role"
         raise InvalidInput(
-            f"{field}: '{message.role}' is none of system, user, assistant", field=field
+            f"{field}: '{message.role:.40}' is none of {', '.join(ROLES)}", field=field
         )
-    return Message(role=message.role, content=message.content)
+    return Message(role=role, content=message.content)
 
 
 def _sampling(given: pb.Sampling, max_new_tokens: int) -> Sampling:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..core.errors import InvalidInput
-from .journal import JobRecord
 from .progress import Snapshot
 from .proto import jobs_pb2 as pb
 from .proto import jobs_pb2_grpc
+from .records import JobRecord
 from .row import JobState, RowState
 from .rpc_status import long_call, streaming, unary
 from .service import Service

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,10 +82,8 @@ class Preparer:
             timeout_s=gateway.uri_timeout_s,
             protocols=gateway.uri_protocols,
         )
-        try:
+        with closing(chunks):
             return self._contexts.add(chunks, source, hold).context_id
-        finally:
-            chunks.close()
 
     def prepare(self, spec: RowSpec, row_id: str | None = None) -> Prepared:
         """row_id: of a journaled row, whose URI is bound to what was read first.

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .jobs import JobRow
+from .job_events import JobRow
 
 WINDOW_S = 10.0
 ETA_WINDOW_S = 60.0
@@ -91,15 +91,12 @@ class JobProgress:
         self._decode_rate = RateMeter()
         self._work_rate = RateMeter(ETA_WINDOW_S)
 
-    def start(self, row_id: str, attempt: int, n_tokens: int) -> RowProgress:
-        """A row begins an attempt with n_tokens made before."""
+    def start(self, row_id: str, attempt: int) -> RowProgress:
+        """A row begins an attempt; what is answered is kept up to date by the row's thread."""
         spec = self._specs[row_id]
-        row = RowProgress(row_id, spec.custom_id, spec.max_tokens, attempt, decoded=n_tokens)
+        row = RowProgress(row_id, spec.custom_id, spec.max_tokens, attempt)
         self._active[row_id] = row
         return row
-
-    def active(self, row_id: str) -> RowProgress | None:
-        return self._active.get(row_id)
 
     def lose(self, row_id: str) -> None:
         """The attempt is over without an end; its tokens are kept elsewhere."""

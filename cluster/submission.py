@@ -15,7 +15,8 @@ from ..core.config import Config
 from ..core.errors import InvalidInput, LongreachError, QueueFull, ResourceExhausted
 from .batch import BatchRow, parse_batch
 from .contexts import ROW_SOURCE, ContextStore
-from .journal import Journal, NewRow
+from .journal import Journal
+from .records import NewRow
 from .results import error_line
 
 MAX_BATCH_BYTES = 8 << 30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from queue import Empty, Full, Queue
 
 import fsspec
@@ -16,7 +16,7 @@ _AHEAD = 4
 
 def read_uri(
     uri: str, *, max_bytes: int, timeout_s: float, protocols: tuple[str, ...]
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """Chunks of the bytes at `uri`. Closing the iterator stops the reading.
 
     timeout_s bounds each wait for the next chunk. Raises UnreadableUri (missing, refused

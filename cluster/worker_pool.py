@@ -74,9 +74,12 @@ class CancelSwitch:
         self._event = threading.Event()
         self._lock = threading.Lock()
         self._stop_worker: Any = None
+        self.abandoned = False
+        """The row is not to end: it stays as it is in the journal, for the next gateway."""
 
-    def cancel(self) -> None:
+    def cancel(self, *, abandon: bool = False) -> None:
         with self._lock:
+            self.abandoned = self.abandoned or abandon
             self._event.set()
             stop, self._stop_worker = self._stop_worker, None
         if stop is not None:

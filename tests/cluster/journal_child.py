@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from longreach.cluster.journal import Journal, NewRow, RowEnd
+from longreach.cluster.journal import Journal
+from longreach.cluster.records import NewRow, RowEnd
 from longreach.cluster.row import RowSpec, RowState
 
 

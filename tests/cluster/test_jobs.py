@@ -6,14 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longreach.cluster.jobs import (
-    PARKED_S,
-    SUSPECT_PATIENCE_S,
+from longreach.cluster.job_events import (
     Action,
     Drained,
     EndRow,
     JobAccepted,
-    JobBook,
     JobCancelled,
     JobRow,
     RequeueRow,
@@ -24,8 +21,8 @@ from longreach.cluster.jobs import (
     StartRow,
     StopRow,
     Tick,
-    pause_s,
 )
+from longreach.cluster.jobs import PARKED_S, SUSPECT_PATIENCE_S, JobBook, pause_s
 from longreach.cluster.progress import JobProgress, RateMeter
 from longreach.cluster.row import JobState, RowState
 from longreach.core.errors import AlreadyEnded, NotFound
@@ -338,7 +335,7 @@ def test_eta_comes_near_and_ends_at_zero() -> None:
     assert progress.snapshot(0.0).eta_s < 0
     now_s = 0.0
     for row in rows:
-        shown = progress.start(row.row_id, 1, 0)
+        shown = progress.start(row.row_id, 1)
         shown.total = 1000
         for step in range(1, 11):
             now_s += 1.0

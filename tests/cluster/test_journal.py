@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from longreach.cluster.journal import Journal, NewRow, RowEnd
+from longreach.cluster.journal import Journal
+from longreach.cluster.records import NewRow, RowEnd
 from longreach.cluster.row import JobState, RowSpec, RowState
 from longreach.core.errors import (
     AlreadyExists,
