@@ -7,10 +7,12 @@ dir and ports, and is ended through the processes of its own session, never thro
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import stat
@@ -23,6 +25,7 @@ from typing import IO, Any
 
 from ..core.config import ClusterConfig
 from ..core.errors import AlreadyServing, DeadlineExceeded, FailedPrecondition, Unavailable
+from ..workers.embedded import cache_dir
 from .processes import (
     accepts_connections,
     command_of,
@@ -127,8 +130,8 @@ class RayHead:
             raise FailedPrecondition(f"{self.temp_dir} belongs to another user; remove it")
         (self.temp_dir / "ray_current_cluster").unlink(missing_ok=True)
         # the mark is inherited by all of Ray's processes and tells them from strangers later
-        command = ["env", self._mark, sys.executable, "-m", "ray.scripts.scripts"]
-        command += ["start", "--head", "--port=0"]
+        command = ["env", self._mark, *(f"{k}={v}" for k, v in auth_environment().items())]
+        command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0"]
         command += [
             f"--temp-dir={self.temp_dir}",
             f"--num-cpus={self._n_cpus}",
@@ -203,6 +206,26 @@ class RayHead:
         temporary = self._record_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.record, indent=2))
         temporary.replace(self._record_path)
+
+
+def auth_environment() -> dict[str, str]:
+    """What makes Ray refuse whoever does not have this user's token; makes the token.
+
+    Anyone who reaches a Ray can run code in it, and some of its ports are open to the network. One
+    token serves all clusters of a user: Ray reads it once in the life of a process.
+    """
+    path = cache_dir().parent / "ray-token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # complete under another name first: two starts at once must not read half a token
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as fresh:
+            fresh.write(secrets.token_hex(32))
+            fresh.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh.name, path)
+    except OSError as exc:
+        raise FailedPrecondition(f"{path}: cannot be written: {exc.strerror}") from exc
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def _digest(state_dir: Path) -> str:

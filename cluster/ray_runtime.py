@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray._raylet import Config as RaySettings
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ..core.config import Config, config_dict
@@ -36,7 +38,7 @@ from ..workers.decode_actor import DecodeActor
 from ..workers.retriever_actor import RetrieverActor
 from .parts import Parts, fingerprint
 from .processes import process_alive, send_signal
-from .ray_head import RayHead
+from .ray_head import RayHead, auth_environment
 from .runtime import Located, PartKind, part_ids
 from .supervisor import Supervisor
 
@@ -153,14 +155,21 @@ class RayRuntime:
             log.warning("part could not be restarted part=%s: %s", part_id, exc)
 
     def _connect(self, address: str) -> None:
+        if self._own_head:
+            os.environ.update(auth_environment())
+            # Ray took its settings from the environment when it was imported
+            RaySettings.initialize("")
         in_main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address=address,
-            namespace=self._head.namespace,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        try:
+            ray.init(
+                address=address,
+                namespace=self._head.namespace,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+        except ConnectionError as exc:
+            raise Unavailable(f"Ray at {address} cannot be reached: {exc}") from exc
         self._connected = True
         if in_main:
             signal.signal(signal.SIGTERM, handler)  # ray.init takes it; draining is ours

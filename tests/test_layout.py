@@ -72,8 +72,9 @@ CONFINED = {
     "triton": r"(?!)",
 }
 
-# the environment is not configuration: command line and actor starts only
-ENVIRONMENT = r"cluster/cli\w*\.py|[a-z]+/\w+_actor\.py"
+# the environment is not configuration: command line and actor starts only, and Ray's wiring, since
+# Ray takes its token from nowhere else
+ENVIRONMENT = r"cluster/cli\w*\.py|cluster/ray_runtime\.py|[a-z]+/\w+_actor\.py"
 
 
 def _generated(path: Path) -> bool:
