@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,13 @@ class Gateway:
         if self._service is None:
             return 0
         self._health.enter_graceful_shutdown()
-        given = self._config.gateway.drain_timeout_s if timeout_s is None else timeout_s
-        return self._service.dispatcher.drain(given)
+        given_s = self._config.gateway.drain_timeout_s if timeout_s is None else timeout_s
+        deadline_s = time.monotonic() + given_s
+        service = self._service
+        n_rows = service.dispatcher.drain(given_s)
+        while service.interactive.n_running and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return n_rows + service.interactive.n_running
 
     def stop(self, *, keep_parts: bool = False) -> None:
         """End everything now; rows that run stay in the journal. A second call does nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 
@@ -29,6 +30,12 @@ class Interactive:
         self._preparer = preparer
         self._pool = pool
         self._metrics = metrics
+        self._n_running = 0
+        self._lock = threading.Lock()
+
+    @property
+    def n_running(self) -> int:
+        return self._n_running
 
     def run(self, spec: RowSpec, switch: CancelSwitch) -> Iterator[tuple[str, RowEvent]]:
         """(row_id, event) until the Outcome. A lost worker is replaced without a trace but time.
@@ -37,21 +44,24 @@ class Interactive:
         """
         row_id = f"gen-{secrets.token_hex(8)}"
         started_s = time.monotonic()
+        with self._lock:
+            self._n_running += 1
         try:
             yield row_id, Progress("queued", 0, 0, 0)
             prepared = self._preparer.prepare(spec)
             yield row_id, Progress("queued", 0, 0, prepared.n_prompt_tokens)
             tokens: list[int] = []
-            best = n_losses = 0
+            best = n_losses = most_prefilled = 0
             while True:
                 try:
                     for event in self._pool.run(
-                        row_id, prepared, spec.sampling, list(tokens), switch
+                        row_id, prepared, spec.sampling, list(tokens), switch, most_prefilled
                     ):
                         if isinstance(event, NewToken):
                             tokens.append(event.token_id)
                         if isinstance(event, Progress | NewToken):
                             n_prefilled = event.prefilled if isinstance(event, Progress) else 0
+                            most_prefilled = max(most_prefilled, n_prefilled)
                             score = max(best, n_prefilled + len(tokens))
                             n_losses = 0 if score > best else n_losses
                             best = score
@@ -72,3 +82,6 @@ class Interactive:
             if not isinstance(exc, Cancelled):
                 self._metrics.failed("interactive", exc.reason)
             raise
+        finally:
+            with self._lock:
+                self._n_running -= 1

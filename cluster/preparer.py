@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,13 +11,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..core.config import Config
+from ..core.errors import InvalidInput
 from ..core.page_key import PageKey
 from ..kvstore.page import PageGeometry
-from .contexts import ContextStore
+from .contexts import ROW_SOURCE, ContextStore
 from .journal import Journal
 from .plan import RowSize, check_row
 from .row import RowSpec
 from .uri import read_uri
+
+BUILD_AT_ONCE = 2
+"""Prompts tokenized at the same time."""
 
 
 class Prompt(Protocol):
@@ -64,37 +69,49 @@ class Preparer:
         self._geometry = geometry
         self._uri_locks: dict[str, tuple[threading.Lock, int]] = {}
         self._uri_lock = threading.Lock()
-
-    def read_uri(self, uri: str) -> str:
-        """Text at a URI, for a row that is not journaled. Raises UnreadableUri, ContextTooLong."""
-        hold: set[str] = set()
-        try:
-            return self._contexts.text(self.import_uri(uri, "row", hold))
-        finally:
-            self._contexts.release(hold)
+        self._building = threading.Semaphore(BUILD_AT_ONCE)
 
     def import_uri(self, uri: str, source: str, hold: set[str] | None = None) -> str:
         """Read a URI into the context store; its context_id."""
+        with closing(self._open_uri(uri)) as chunks:
+            return self._contexts.add(chunks, source, hold).context_id
+
+    def _open_uri(self, uri: str) -> Generator[bytes, None, None]:
         gateway = self._config.gateway
-        chunks = read_uri(
+        return read_uri(
             uri,
             max_bytes=self._contexts.max_bytes,
             timeout_s=gateway.uri_timeout_s,
             protocols=gateway.uri_protocols,
         )
-        with closing(chunks):
-            return self._contexts.add(chunks, source, hold).context_id
+
+    def _read_text(self, uri: str) -> str:
+        """For a row that is asked once: nothing is kept."""
+        try:
+            return b"".join(self._open_uri(uri)).decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise InvalidInput(f"{uri}: not valid UTF-8 at byte {exc.start}", uri=uri) from exc
 
     def prepare(self, spec: RowSpec, row_id: str | None = None) -> Prepared:
         """row_id: of a journaled row, whose URI is bound to what was read first.
 
         Raises the InvalidInput family, NotFound (context), UnreadableUri.
         """
-        if spec.messages:
-            messages = [message.model_dump() for message in spec.messages]
-            return self._check(spec, self._prompts.build_messages(messages, spec.answer_prefix))
-        context = self._context(spec, row_id)
-        return self._check(spec, self._prompts.build(context, spec.question, spec.answer_prefix))
+        context, context_id = spec.context, spec.context_id
+        if spec.context_uri is not None and row_id is not None:
+            context_id = self._bind(spec.context_uri, row_id)
+        elif spec.context_uri is not None:
+            context = self._read_text(spec.context_uri)
+        # a prompt of millions of tokens takes memory and time: few are made at once
+        with self._building:
+            if spec.messages:
+                messages = [message.model_dump() for message in spec.messages]
+                prompt = self._prompts.build_messages(messages, spec.answer_prefix)
+            else:
+                if context_id is not None:
+                    context = self._contexts.text(context_id)
+                prompt = self._prompts.build(context or "", spec.question, spec.answer_prefix)
+            return self._check(spec, prompt)
 
     def _check(self, spec: RowSpec, prompt: Prompt) -> Prepared:
         token_ids = np.ascontiguousarray(prompt.token_ids, dtype="<u4")
@@ -112,27 +129,21 @@ class Preparer:
         )
         return Prepared(token_ids.tobytes(), len(token_ids), prompt.n_context_tokens, keys)
 
-    def _context(self, spec: RowSpec, row_id: str | None) -> str:
-        if spec.context is not None:
-            return spec.context
-        if spec.context_id is not None:
-            return self._contexts.text(spec.context_id)
-        assert spec.context_uri is not None
-        if row_id is None:
-            return self.read_uri(spec.context_uri)
+    def _bind(self, uri: str, row_id: str) -> str:
+        """The context that a journaled row's URI stands for."""
         # one reader per URI: rows of one job share what the first one read, also after a restart
-        with self._alone(f"{row_id.rpartition('.')[0]} {spec.context_uri}"):
+        with self._alone(f"{row_id.rpartition('.')[0]} {uri}"):
             hold: set[str] = set()
             try:
                 context_id = self._journal.bound_context(row_id)
                 if context_id is None:
-                    context_id = self.import_uri(spec.context_uri, "row", hold)
+                    context_id = self.import_uri(uri, ROW_SOURCE, hold)
                 self._journal.bind_context(
                     row_id, context_id, self._contexts.get(context_id).n_bytes
                 )
             finally:
                 self._contexts.release(hold)
-        return self._contexts.text(context_id)
+        return context_id
 
     @contextmanager
     def _alone(self, name: str) -> Any:

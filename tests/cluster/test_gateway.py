@@ -174,6 +174,8 @@ def test_generate_takes_an_uploaded_context_a_uri_and_messages(rig: Rig, tmp_pat
     (tmp_path / "x.txt").write_text("from a file")
     answer = rig.generate(context_uri=str(tmp_path / "x.txt"))[-1].answer
     assert answer.text == expected_text("from a file", QUESTION, 4)
+    # what was asked once is not kept
+    assert len(list((tmp_path / "state" / "contexts").iterdir())) == 1
     messages = [inference_pb2.ChatMessage(role="user", content="hello you")]
     assert rig.generate(messages=messages)[-1].answer.text == expected_text("hello you", "", 4)
 
@@ -550,6 +552,16 @@ def test_drain_refuses_new_work_and_finishes_what_runs(rig: Rig) -> None:
     rig.service.hold.set()
     assert draining.result(WAIT_S).running_rows == 0
     assert rig.job(job_id).state == jobs_pb2.JOB_STATE_COMPLETED
+
+
+def test_drain_waits_for_interactive_rows_too(rig: Rig) -> None:
+    rig.service.hold.clear()
+    call = rig.inference.Generate(request(), timeout=WAIT_S)
+    wait_for(lambda: rig.service.running)
+    assert rig.gateway.drain(0.3) == 1
+    rig.service.hold.set()
+    assert rig.gateway.drain(WAIT_S) == 0
+    assert list(call)[-1].answer.text == expected_text("a b c", QUESTION, 4)
 
 
 def test_long_streams_leave_room_for_short_calls(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
