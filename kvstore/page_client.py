@@ -170,6 +170,15 @@ class PageClient:
         if state is not None:
             self._clean_up(state)
 
+    def release_former(self, prefix: str) -> None:
+        """Frees the pins of dead clients whose owner starts with `prefix` (a worker that was killed
+        could not do it itself); stores that do not answer let those leases run out."""
+        for link in self._pool.live().values():
+            try:
+                link.call("release", {"owner": prefix, "prefix": True}, n_attempts=2)
+            except LongreachError as exc:
+                logger.warning("a former worker's pins were not released: %s", exc.message)
+
     def lost(self, row: str) -> bool:
         """Whether a store ended a lease of this row (it was cut off for longer than lease_s): its
         handles may point at other pages' bytes; release the row and acquire again."""

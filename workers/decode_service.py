@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -63,8 +64,9 @@ class DecodeService:
             lease_s=config.store.lease_s,
             timeout_s=config.store.timeout_s,
             node_id=node_id,
-            owner=worker_id,
+            owner=f"{worker_id}/{uuid.uuid4().hex[:8]}",
         )
+        self._client.release_former(f"{worker_id}/")
         self._engine = Engine(
             config,
             model,
@@ -138,6 +140,7 @@ class DecodeService:
             sampling=Sampling.parse(header.get("sampling") or {}),
             forced=tuple(int(t) for t in forced),
             tenant=str(header.get("tenant", "")),
+            n_prefilled=int(header.get("n_prefilled", 0)),
         )
         return self._loop.generate(request)
 

@@ -39,8 +39,14 @@ class DenseModel:
         self._eos = {eos} if isinstance(eos, int) else set(eos or ())
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Prompt], max_tokens: Sequence[int]) -> list[DenseAnswer]:
-        """Greedy answers; prompts with equal context tokens share one prefill of them."""
+    def answer(
+        self, prompts: Sequence[Prompt], max_tokens: Sequence[int], *, ignore_eos: bool = False
+    ) -> list[DenseAnswer]:
+        """Greedy answers; prompts with equal context tokens share one prefill of them.
+
+        ignore_eos: decode max_tokens whatever the model says (to time decoding).
+        """
+        ends = set() if ignore_eos else self._eos
         answers: list[DenseAnswer | None] = [None] * len(prompts)
         groups: dict[bytes, list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -54,7 +60,9 @@ class DenseModel:
             n_prefilled = first.n_context_tokens
             for i in members:
                 cache = copy.deepcopy(context) if i != members[-1] else context
-                answers[i] = self._tail(prompts[i], cache, max_tokens[i], context_s, n_prefilled)
+                answers[i] = self._tail(
+                    prompts[i], cache, max_tokens[i], ends, context_s, n_prefilled
+                )
                 context_s, n_prefilled = 0.0, 0
         return [a for a in answers if a is not None]
 
@@ -64,7 +72,13 @@ class DenseModel:
         return self._model.lm_head(out.last_hidden_state[0, -1:])[0], out.past_key_values
 
     def _tail(  # type: ignore[no-untyped-def]
-        self, prompt: Prompt, cache, max_tokens: int, context_s: float, n_prefilled: int
+        self,
+        prompt: Prompt,
+        cache,
+        max_tokens: int,
+        ends: set[int],
+        context_s: float,
+        n_prefilled: int,
     ) -> DenseAnswer:
         started = time.monotonic()
         logits, cache = self._forward(prompt.token_ids[prompt.n_context_tokens :], cache)
@@ -74,7 +88,7 @@ class DenseModel:
         tokens: list[int] = []
         while True:
             tokens.append(int(logits.argmax()))
-            if tokens[-1] in self._eos or len(tokens) >= max_tokens:
+            if tokens[-1] in ends or len(tokens) >= max_tokens:
                 break
             logits, cache = self._forward(np.array(tokens[-1:]), cache)
         return DenseAnswer(tokens, n_prefilled, prefill_s, time.monotonic() - started)

@@ -230,6 +230,9 @@ class Engine:
         reused = row.n_existing_pages * page_tokens
         if row.stats.restarts:
             row.stats.pages_recomputed -= row.n_existing_pages
+        else:
+            n_before = min(row.request.n_prefilled, row.n_prompt) // page_tokens
+            row.stats.pages_recomputed = max(0, n_before - row.n_existing_pages)
         row.n_done = prefill_start(row.n_prompt, reused)
         row.stats.tokens_reused = row.n_done
         row.stats.pages_context = len(row.keys)

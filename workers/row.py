@@ -71,6 +71,8 @@ class RowRequest:
     sampling: Sampling
     forced: tuple[int, ...] = ()
     tenant: str = ""
+    n_prefilled: int = 0
+    """Prompt tokens that a previous attempt had in place; pages of them that are gone are counted."""
 
 
 @dataclass
