@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +206,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
+def commit(paths: Sequence[str] = ("kvstore", "benchmarks/transport.py")) -> str:
+    """The checked-out commit, marked where what is measured differs from it."""
     git = ["git", "-C", str(HERE.parent.parent)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    paths = ["kvstore", "benchmarks/transport.py"]
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", *paths], capture_output=True, text=True, check=False
     )
