@@ -55,6 +55,7 @@ def build_store(
         config.store.arena_dir,
         PageGeometry.from_dict(dict(geometry)),
         config.store.capacity_bytes,
+        faults=config.store.faults,
     )
 
 

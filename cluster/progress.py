@@ -54,6 +54,8 @@ class RowProgress:
     reused: int = 0
     total: int = 0
     decoded: int = 0
+    prefilled_before: int = 0
+    """Prompt tokens that an attempt before this one had in place."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class JobProgress:
     def __init__(self, rows: Sequence[JobRow]) -> None:
         self._active: dict[str, RowProgress] = {}
         self._work: dict[str, tuple[float, int]] = {}
+        self._prefilled_before: dict[str, int] = {}
         seen: set[str] = set()
         for row in rows:
             fresh = row.size_bytes / BYTES_PER_TOKEN
@@ -95,15 +98,19 @@ class JobProgress:
         """A row begins an attempt; what is answered is kept up to date by the row's thread."""
         spec = self._specs[row_id]
         row = RowProgress(row_id, spec.custom_id, spec.max_tokens, attempt)
+        row.prefilled_before = self._prefilled_before.get(row_id, 0)
         self._active[row_id] = row
         return row
 
     def lose(self, row_id: str) -> None:
         """The attempt is over without an end; its tokens are kept elsewhere."""
-        self._active.pop(row_id, None)
+        row = self._active.pop(row_id, None)
+        if row is not None:
+            self._prefilled_before[row_id] = max(row.prefilled, row.prefilled_before)
 
     def end(self, row_id: str) -> None:
         row = self._active.pop(row_id, None)
+        self._prefilled_before.pop(row_id, None)
         fresh, max_tokens = self._work.pop(row_id, (0.0, 0))
         self._n_ended += 1
         if row is not None:

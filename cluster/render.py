@@ -95,7 +95,11 @@ def summary_table(summary: Summary) -> Table:
         f"at most {human_count(summary.largest.get('pages_device', 0))} on the device, of "
         f"{human_count(summary.largest.get('pages_context', 0))} in the largest context",
     )
-    table.add_row("pages recomputed", human_count(total["pages_recomputed"]))
+    table.add_row(
+        "pages recomputed",
+        f"{human_count(total['pages_recomputed'])}, "
+        f"{human_count(total['tokens_replayed'])} answer tokens replayed",
+    )
     table.add_row("device to store", human_bytes(total["bytes_device_to_store"]))
     table.add_row("store to device", human_bytes(total["bytes_store_to_device"]))
     table.add_row("device hit ratio", "-" if hit is None else f"{hit:.1%}")

@@ -132,7 +132,10 @@ class RowRunner:
         switch: CancelSwitch,
         note: Callable[[str, int], None],
     ) -> Outcome:
-        for event in self._pool.run(row_id, prepared, spec.sampling, tokens, switch):
+        # a row with tokens had its whole prompt in place, also before a restart of the gateway
+        n_before = prepared.n_prompt_tokens if tokens else shown.prefilled_before
+        events = self._pool.run(row_id, prepared, spec.sampling, tokens, switch, n_before)
+        for event in events:
             match event:
                 case Assigned(worker_id):
                     shown.worker_id = worker_id

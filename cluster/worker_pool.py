@@ -133,15 +133,19 @@ class WorkerPool:
         sampling: Sampling,
         tokens: Sequence[int],
         cancel: CancelSwitch,
+        n_prefilled: int = 0,
     ) -> Iterator[RowEvent]:
-        """Events of one attempt; the last is an Outcome. tokens: what earlier attempts made.
+        """Events of one attempt; the last is an Outcome. tokens: what earlier attempts made;
+        n_prefilled: prompt tokens they had in place, so that what was lost can be counted.
 
         Raises WorkerLost if the worker died, Cancelled, or the worker's own error.
         """
         worker_id, channel = self._assign(row_id, prepared, cancel)
         try:
             yield Assigned(worker_id)
-            yield from self._stream(row_id, channel, prepared, sampling, tokens, cancel)
+            yield from self._stream(
+                row_id, channel, prepared, sampling, tokens, cancel, n_prefilled
+            )
         except Unavailable as exc:
             cancel.check()
             if type(exc) not in (Unavailable, WorkerLost, Draining):
@@ -162,11 +166,13 @@ class WorkerPool:
         sampling: Sampling,
         tokens: Sequence[int],
         cancel: CancelSwitch,
+        n_prefilled: int,
     ) -> Iterator[RowEvent]:
         header = {
             "row_id": row_id,
             "epoch": self._epoch,
             "n_context_tokens": prepared.n_context_tokens,
+            "n_prefilled": n_prefilled,
             "sampling": sampling.to_wire(),
             "tenant": "",
         }

@@ -90,6 +90,8 @@ class StoreConfig(_Section):
     """Deadline of one call to a store."""
     arena_dir: str = "/dev/shm"
     """Directory of the shared-memory arena files."""
+    faults: bool = False
+    """For tests: stores take the request `corrupt`, which flips bytes of a page they hold."""
 
 
 class RetrieverConfig(_Section):
