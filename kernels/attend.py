@@ -14,7 +14,9 @@ from .rope import Rope
 
 try:
     from . import cpu_attend
-except ImportError:  # numba is missing: the torch path below is the same operation
+except ModuleNotFoundError as exc:  # without numba the torch path below does the same
+    if exc.name not in ("numba", "llvmlite"):
+        raise
     cpu_attend = None  # type: ignore[assignment]
 
 

@@ -15,11 +15,14 @@ from .cpu_pages import (
     KEY,
     OPTIONS,
     VALUE,
+    address,
     angle_table,
     as_pages,
     load_rotated,
     load_row,
+    n_tokens_of,
     page_address,
+    value_offset,
     zero_row,
 )
 from .cpu_pool import POOL
@@ -81,8 +84,7 @@ def attend(
     columns = COLUMNS if n_queries > 1 else n_heads // view.n_kv_heads
     size = np.array([q_start, n_queries, n_heads], dtype=np.int64)
     arguments = (
-        o.numpy(), lse.numpy(), size, table, runs, key_starts, tiles, *angles,
-        pages.bases, pages.memory, pages.row, pages.layout,
+        o.numpy(), lse.numpy(), size, table, runs, key_starts, tiles, *angles, pages.book,
     )  # fmt: skip
     with POOL.lock:
         keys = POOL.scratch("attend-k", (most_keys, head_dim))
@@ -138,20 +140,22 @@ def _tables(
 
 
 @njit(**OPTIONS)
-def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, sin, bases, memory,
-            row, layout, keys, values, logits, spans):  # type: ignore[no-untyped-def]  # fmt: skip
-    n_kv_heads = memory.shape[0]
+def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, sin, book, keys,
+            values, logits, spans):  # type: ignore[no-untyped-def]  # fmt: skip
+    n_kv_heads = tiles.shape[0]
     n_segments = table.shape[0]
+    at_cos, at_sin, at_book = address(cos), address(sin), address(book)
     while True:
-        task = take_ticket(state.ctypes.data)
+        task = take_ticket(address(state))
         if task >= n_tasks:
             return
         # windows come last and are the largest: begin with them
         s = n_segments - 1 - task // n_kv_heads
         head = task % n_kv_heads
-        n_keys = _gather(state, s, head, size, table, runs, key_starts, cos, sin, bases, memory,
-                         row, layout, keys, values, spans)  # fmt: skip
-        if state[1] != 0:
+        n_keys = _gather(s, head, n_kv_heads, size, table, runs, key_starts, at_cos, at_sin, at_book,
+                         keys, values, spans)  # fmt: skip
+        if n_keys < 0:
+            state[1] = 1
             return
         if size[1] > 1:
             _many(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
@@ -160,43 +164,46 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, s
 
 
 @njit(**OPTIONS)
-def _gather(state, s, head, size, table, runs, key_starts, cos, sin, bases, memory, row, layout,
-            keys, values, spans):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Rotated keys, values, and the range of queries [spans[i, 0], spans[i, 1]) that see key i."""
+def _gather(s, head, n_kv_heads, size, table, runs, key_starts, cos, sin, book, keys, values,
+            spans):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Rotated keys, values, and the range of queries [spans[i, 0], spans[i, 1]) that see key i.
+
+    Returns the number of keys, -1 if a page is absent.
+    """
     q_start, n_queries = size[0], size[1]
-    n_kv_heads = memory.shape[0]
     n_runs, run_tokens = table[s, 2], table[s, 3]
     first_run = table[s, 0] + (head * table[s, 1] // n_kv_heads) * n_runs
     position = key_starts[table[s, 4] + head * table[s, 5] // n_kv_heads]
     first_token = runs[first_run]
+    renumbered = table[s, 6] == 1
     least, window, gap, bound = table[s, 7], table[s, 8], table[s, 9], table[s, 10]
     # beyond the last query, or never written: may hold anything
-    limit = min(q_start + n_queries, layout[4])
-    head_dim = layout[1]
+    limit = min(q_start + n_queries, n_tokens_of(book))
+    to_value = value_offset(book) * (VALUE - KEY)
+    row_bytes = 4 * keys.shape[1]
+    at_key, at_value = address(keys), address(values)
     n = 0
     for r in range(n_runs):
         start = runs[first_run + r]
-        for j in range(run_tokens):
-            token = start + j
+        for token in range(start, start + run_tokens):
             spans[n, 0] = 0
             spans[n, 1] = 0
             if start < 0 or token >= limit:
-                zero_row(keys[n], head_dim)
-                zero_row(values[n], head_dim)
-                n += 1
-                continue
-            if least <= token < bound:
-                spans[n, 0] = max(0, token + gap - q_start)
-                spans[n, 1] = max(0, min(n_queries, token + window - q_start))
-            where = position + (n if table[s, 6] else token - first_token)
-            src = page_address(token, KEY, head, bases, memory, row, layout)
-            if src == 0:
-                state[1] = 1
-                return n
-            load_rotated(keys.ctypes.data + 4 * n * head_dim, src, layout, cos, sin, where)
-            src += layout[0] * head_dim * layout[2] * (VALUE - KEY)
-            load_row(values.ctypes.data + 4 * n * head_dim, src, layout)
+                zero_row(at_key, book)
+                zero_row(at_value, book)
+            else:
+                if least <= token < bound:
+                    spans[n, 0] = max(0, token + gap - q_start)
+                    spans[n, 1] = max(0, min(n_queries, token + window - q_start))
+                src = page_address(token, KEY, head, book)
+                if src == 0:
+                    return -1
+                where = position + (n if renumbered else token - first_token)
+                load_rotated(at_key, src, book, cos, sin, where)
+                load_row(at_value, src + to_value, book)
             n += 1
+            at_key += row_bytes
+            at_value += row_bytes
     return n
 
 
@@ -206,17 +213,18 @@ def _many(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):  #
     n_queries = size[1]
     n_kv_heads, head_dim = tiles.shape[0], tiles.shape[2]
     n_rows = size[2] // n_kv_heads * n_queries
-    at_k, at_v, at_s = keys.ctypes.data, values.ctypes.data, logits.ctypes.data
+    at_k, at_v, at_s = address(keys), address(values), address(logits)
+    at_tiles = address(tiles[head])
     after = n_keys * COLUMNS
     at_top, at_total = at_s + 4 * after, at_s + 4 * (after + COLUMNS)
     at_inverse = at_s + 4 * (after + 2 * COLUMNS)
     first_row = head * n_rows
     flat_lse = lse.reshape(lse.shape[0], -1)
-    at_o = o.ctypes.data + 4 * (s * size[2] * n_queries + first_row) * head_dim
+    at_o = address(o) + 4 * (s * size[2] * n_queries + first_row) * head_dim
     for r0 in range(0, n_rows, COLUMNS):
         n_columns = min(COLUMNS, n_rows - r0)
         for j in range(0, n_columns, LANES):
-            tile = tiles[head, (r0 + j) // LANES].ctypes.data
+            tile = at_tiles + 4 * (r0 + j) * head_dim
             i = 0
             while i < n_keys:
                 at, a = at_s + 4 * (i * COLUMNS + j), at_k + 4 * i * head_dim
@@ -280,12 +288,12 @@ def _one(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):  # 
     """One query: logits [head of the group, key] with keys in the lanes."""
     n_group, head_dim = tiles.shape[1], tiles.shape[2]
     padded = (n_keys + LANES - 1) // LANES * LANES
-    at_k, at_v, at_s = keys.ctypes.data, values.ctypes.data, logits.ctypes.data
+    at_k, at_v, at_s = address(keys), address(values), address(logits)
     after = n_group * padded
     first_row = head * n_group
     flat_lse = lse.reshape(lse.shape[0], -1)
     for g in range(n_group):
-        query = tiles[head, g].ctypes.data
+        query = address(tiles[head, g])
         row = at_s + 4 * g * padded
         i = 0
         while i < n_keys:
@@ -305,7 +313,7 @@ def _one(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):  # 
         softmax_row(row, padded // LANES, at_s + 4 * (after + g), at_s + 4 * (after + COLUMNS + g))
         _finish(logits, after, g, flat_lse[s], first_row + g)
     at_inverse = at_s + 4 * (after + 2 * COLUMNS)
-    at_o = o.ctypes.data + 4 * (s * size[2] + first_row) * head_dim
+    at_o = address(o) + 4 * (s * size[2] + first_row) * head_dim
     g = 0
     while g < n_group:
         left = n_group - g
@@ -343,7 +351,7 @@ def merge(o: Tensor, lse: Tensor, out: Tensor, out_lse: Tensor) -> None:
 @njit(**OPTIONS)
 def _merge_worker(state, n_tasks, o, lse, out, out_lse):  # type: ignore[no-untyped-def]
     while True:
-        task = take_ticket(state.ctypes.data)
+        task = take_ticket(address(state))
         if task >= n_tasks:
             return
         first = task * COLUMNS

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from .cpu_pages import OPTIONS
+from .cpu_pages import OPTIONS, address
 from .cpu_pool import POOL
 from .cpu_tiles import dots_1x1, dots_2x2, take_ticket
 
@@ -36,7 +36,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
 @njit(**OPTIONS)
 def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):  # type: ignore[no-untyped-def]
     while True:
-        task = take_ticket(state.ctypes.data)
+        task = take_ticket(address(state))
         if task >= n_tasks:
             return
         first = task * per_task
@@ -48,7 +48,7 @@ def _rows(x, w, bias, has_bias, out, per_task, first, last):  # type: ignore[no-
     """Outputs [first, last) of all rows; a weight row is read once for up to 8 rows of x."""
     n_rows, n_in = x.shape
     n_out = w.shape[0]
-    at_out, at_weights = out.ctypes.data, w.ctypes.data
+    at_out, at_weights = address(out), address(w)
     for r0 in range(0, n_rows, 8):
         stop = min(r0 + 8, n_rows)
         j = first
@@ -58,7 +58,7 @@ def _rows(x, w, bias, has_bias, out, per_task, first, last):  # type: ignore[no-
             at_w = at_weights + 4 * j * n_in
             i = r0
             while i < stop:
-                at_x = x.ctypes.data + 4 * i * n_in
+                at_x = address(x) + 4 * i * n_in
                 at = at_out + 4 * (i * n_out + j)
                 if step == 2 and stop - i >= 2:
                     dots_2x2(at, n_out, at_x, n_in, at_w, n_in, n_in)

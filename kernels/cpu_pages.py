@@ -13,9 +13,11 @@ from .cpu_tiles import (
     load_bfloat16,
     load_float16,
     load_float32,
+    peek,
     rotate_bfloat16,
     rotate_float16,
     rotate_float32,
+    zero_float32,
 )
 from .paged import PagedKV
 from .rope import TABLE_LIMIT, Rope
@@ -31,17 +33,19 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+# columns of Pages.book
+_BASES, _MEMORY, _ROW, _N_PAGES, _PAGE_TOKENS, _HEAD_DIM, _ITEM_BYTES, _KIND, _N_TOKENS = range(9)
+
+
 @dataclass(frozen=True)
 class Pages:
-    """A PagedKV as plain arrays. Holds the tensors, whose addresses it carries."""
+    """A PagedKV for compiled code. Holds the arrays, whose addresses it carries."""
 
-    view: PagedKV
-    bases: np.ndarray
-    """int64 [n_memories]: addresses."""
-    memory: np.ndarray
-    row: np.ndarray
-    layout: np.ndarray
-    """int64: page_tokens, head_dim, bytes of an element, kind, n_tokens."""
+    book: np.ndarray
+    """int64: addresses of memory bases, of `memory` and `row` [Hkv, n_pages], then n_pages,
+    page_tokens, head_dim, bytes of an element, kind, n_tokens. Compiled code gets the address of
+    this book: array arguments of inner functions cost atomic reference counts."""
+    holds: tuple[object, ...]
 
 
 def as_pages(view: PagedKV) -> Pages | None:
@@ -52,14 +56,24 @@ def as_pages(view: PagedKV) -> Pages | None:
     for leaves in view.memories:
         if leaves.dtype != view.kv_dtype or not leaves.is_contiguous() or leaves.is_cuda:
             return None
-    size = view.memories[0].element_size()
-    return Pages(
-        view,
-        np.array([leaves.data_ptr() for leaves in view.memories], dtype=np.int64),
-        np.ascontiguousarray(view.memory.numpy()),
-        np.ascontiguousarray(view.row.numpy()),
-        np.array([view.page_tokens, view.head_dim, size, kind, view.n_tokens], dtype=np.int64),
+    bases = np.array([leaves.data_ptr() for leaves in view.memories], dtype=np.int64)
+    memory = np.ascontiguousarray(view.memory.numpy())
+    row = np.ascontiguousarray(view.row.numpy())
+    book = np.array(
+        [
+            bases.ctypes.data,
+            memory.ctypes.data,
+            row.ctypes.data,
+            row.shape[1],
+            view.page_tokens,
+            view.head_dim,
+            view.memories[0].element_size(),
+            kind,
+            view.n_tokens,
+        ],
+        dtype=np.int64,
     )
+    return Pages(book, (view, bases, memory, row))
 
 
 def angle_table(rope: Rope, n_positions: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -70,44 +84,71 @@ def angle_table(rope: Rope, n_positions: int) -> tuple[np.ndarray, np.ndarray] |
     return cos.numpy(), sin.numpy()
 
 
-@njit(inline="always")
-def page_address(
-    token: int, side: int, head: int, bases: Any, memory: Any, row: Any, layout: Any
-) -> int:
-    """Address of one stored row; 0 if its page is absent."""
-    page_tokens = layout[0]
+@njit(**OPTIONS)
+def address(array: Any) -> int:
+    """Where an array begins. Signed: numba makes a float of an unsigned plus a signed integer."""
+    return np.int64(array.ctypes.data)
+
+
+@njit(**OPTIONS)
+def page_address(token: int, side: int, kv_head: int, book: int) -> int:
+    """Address of one stored row; 0 if its page is absent. book: address of Pages.book."""
+    page_tokens = peek(book, _PAGE_TOKENS)
     page = token // page_tokens
-    leaf = row[head, page]
+    entry = kv_head * peek(book, _N_PAGES) + page
+    leaf = peek(peek(book, _ROW), entry)
     if leaf < 0:
         return 0
     slot = (leaf * 2 + side) * page_tokens + token - page * page_tokens
-    return int(bases[memory[head, page]] + slot * layout[1] * layout[2])
+    base = peek(peek(book, _BASES), peek(peek(book, _MEMORY), entry))
+    return base + slot * peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
 
 
-@njit(inline="always")
-def load_row(dst: int, src: int, layout: Any) -> None:
-    if layout[3] == 0:
-        load_float32(dst, src, layout[1])
-    elif layout[3] == 1:
-        load_float16(dst, src, layout[1])
+@njit(**OPTIONS)
+def bytes_of_row(book: int) -> int:
+    return peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
+
+
+@njit(**OPTIONS)
+def value_offset(book: int) -> int:
+    """Bytes from a stored key to its value."""
+    return peek(book, _PAGE_TOKENS) * bytes_of_row(book)
+
+
+@njit(**OPTIONS)
+def is_float32(book: int) -> bool:
+    return peek(book, _KIND) == 0
+
+
+@njit(**OPTIONS)
+def n_tokens_of(book: int) -> int:
+    return peek(book, _N_TOKENS)
+
+
+@njit(**OPTIONS)
+def load_row(dst: int, src: int, book: int) -> None:
+    kind, n = peek(book, _KIND), peek(book, _HEAD_DIM)
+    if kind == 0:
+        load_float32(dst, src, n)
+    elif kind == 1:
+        load_float16(dst, src, n)
     else:
-        load_bfloat16(dst, src, layout[1])
+        load_bfloat16(dst, src, n)
 
 
-@njit(inline="always")
-def load_rotated(dst: int, src: int, layout: Any, cos: Any, sin: Any, position: int) -> None:
-    half = layout[1] // 2
-    cos_at = cos.ctypes.data + 4 * position * half
-    sin_at = sin.ctypes.data + 4 * position * half
-    if layout[3] == 0:
-        rotate_float32(dst, src, half, cos_at, sin_at)
-    elif layout[3] == 1:
-        rotate_float16(dst, src, half, cos_at, sin_at)
+@njit(**OPTIONS)
+def load_rotated(dst: int, src: int, book: int, cos: int, sin: int, position: int) -> None:
+    """cos, sin: addresses of the angle table, whose rows are D / 2 floats."""
+    kind, half = peek(book, _KIND), peek(book, _HEAD_DIM) // 2
+    offset = 4 * position * half
+    if kind == 0:
+        rotate_float32(dst, src, half, cos + offset, sin + offset)
+    elif kind == 1:
+        rotate_float16(dst, src, half, cos + offset, sin + offset)
     else:
-        rotate_bfloat16(dst, src, half, cos_at, sin_at)
+        rotate_bfloat16(dst, src, half, cos + offset, sin + offset)
 
 
-@njit(inline="always")
-def zero_row(dst: Any, n: int) -> None:
-    for d in range(n):
-        dst[d] = 0.0
+@njit(**OPTIONS)
+def zero_row(dst: int, book: int) -> None:
+    zero_float32(dst, peek(book, _HEAD_DIM))

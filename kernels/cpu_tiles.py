@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .cpu_ir import F32, I32, LANES, Emit
+from .cpu_ir import F32, I32, I64, LANES, Emit
 
 ROWS = 6
 """Rows of the widest tile: 6 x 16 floats are 12 of the 16 registers of AVX2."""
@@ -25,19 +25,16 @@ def _void(n_args: int) -> Any:
     return types.void(*(types.int64,) * n_args)
 
 
-def _accumulate(e: Emit, sums: list[Any], a: Any, step_i: Any, step_k: Any, b: Any, ld_b: Any,
-                n_k: Any) -> None:  # fmt: skip
-    """sums[i] += A[i, k] * B[k, 0:16] over k."""
+def _accumulate(
+    e: Emit, sums: list[Any], rows: list[Any], step_k: Any, b: Any, ld_b: Any, n_k: Any
+) -> None:
+    """sums[i] += A[i, k] * B[k, 0:16] over k; rows: the addresses of A[i, 0]."""
     builder = e.b
-    bases = [
-        builder.add(a, builder.mul(builder.mul(step_i, e.index(i)), e.index(4)))
-        for i in range(len(sums))
-    ]
     with cgutils.for_range(builder, n_k) as loop:
         right = e.vector(b, builder.mul(loop.index, ld_b))
         offset = builder.mul(loop.index, step_k)
-        for base, total in zip(bases, sums, strict=True):
-            left = e.splat(e.scalar(base, offset))
+        for row, total in zip(rows, sums, strict=True):
+            left = e.splat(e.scalar(row, offset))
             builder.store(e.fma(left, right, builder.load(total)), total)
 
 
@@ -48,7 +45,11 @@ def _tile(rows: int, scaled: bool) -> Callable[..., None]:
         c, ld_c, a, step_i, step_k, b, ld_b, n_k, scale = args
         e = Emit(builder)
         sums = [cgutils.alloca_once_value(builder, e.const(0.0)) for _ in range(rows)]
-        _accumulate(e, sums, a, step_i, step_k, b, ld_b, n_k)
+        rows_at = [
+            builder.add(a, builder.mul(builder.mul(step_i, e.index(i)), e.index(4)))
+            for i in range(rows)
+        ]
+        _accumulate(e, sums, rows_at, step_k, b, ld_b, n_k)
         for i, total in enumerate(sums):
             value = builder.load(total)
             if scaled:
@@ -68,30 +69,31 @@ scaled_6, scaled_4, scaled_2, scaled_1 = (_tile(n, True) for n in (6, 4, 2, 1))
 
 
 @intrinsic  # type: ignore[misc]
-def max_dot_6(
-    typing: Any, out: Any, keys: Any, ld_keys: Any, queries: Any, n_tiles: Any, n_k: Any
-) -> Any:
-    """out[i] = max over queries of keys[i] . query, for 6 keys; queries: [n_tiles, n_k, 16]."""
+def max_dot_6(typing: Any, out: Any, keys: Any, queries: Any, n_tiles: Any, n_k: Any) -> Any:
+    """out[i] = max over queries of key i . query, for 6 keys.
+
+    keys: address of 6 int64 addresses of rows; queries: [n_tiles, n_k, 16].
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        out, keys, ld_keys, queries, n_tiles, n_k = args
+        out, keys, queries, n_tiles, n_k = args
         e = Emit(builder)
-        lowest = e.const(float("-inf"))
-        tops = [cgutils.alloca_once_value(builder, lowest) for _ in range(ROWS)]
+        rows = [builder.load(e.pointer(keys, e.index(i), I64, 8)) for i in range(ROWS)]
+        tops = [cgutils.alloca_once_value(builder, e.const(float("-inf"))) for _ in range(ROWS)]
         sums = [cgutils.alloca_once_value(builder, e.const(0.0)) for _ in range(ROWS)]
         tile_bytes = builder.mul(n_k, e.index(4 * LANES))
         with cgutils.for_range(builder, n_tiles) as loop:
             for total in sums:
                 builder.store(e.const(0.0), total)
             tile = builder.add(queries, builder.mul(loop.index, tile_bytes))
-            _accumulate(e, sums, keys, ld_keys, e.index(1), tile, e.index(LANES), n_k)
+            _accumulate(e, sums, rows, e.index(1), tile, e.index(LANES), n_k)
             for top, total in zip(tops, sums, strict=True):
                 builder.store(e.maximum(builder.load(top), builder.load(total)), top)
         for i, top in enumerate(tops):
             e.store(e.reduce("max", builder.load(top)), out, e.index(i), F32)
         return context.get_dummy_value()
 
-    return _void(6), codegen
+    return _void(5), codegen
 
 
 def _dots(n_x: int, n_w: int) -> Callable[..., None]:
@@ -135,7 +137,7 @@ def _dots(n_x: int, n_w: int) -> Callable[..., None]:
     return intrinsic(dots)  # type: ignore[no-any-return]
 
 
-dots_1x6, dots_1x1, dots_2x2 = _dots(1, 6), _dots(1, 1), _dots(2, 2)
+dots_1x6, dots_1x3, dots_1x1, dots_2x2 = _dots(1, 6), _dots(1, 3), _dots(1, 1), _dots(2, 2)
 
 
 @intrinsic  # type: ignore[misc]
@@ -266,3 +268,43 @@ def take_ticket(typing: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", pointer, e.index(1), "monotonic")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for one cache line, for the second-level cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kinds = [pointer.type, I32, I32, I32]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
+        )
+        builder.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def peek(typing: Any, address: Any, index: Any) -> Any:
+    """int64 number `index` after an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        return builder.load(e.pointer(args[0], args[1], ir.IntType(64), 8))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[misc]
+def zero_float32(typing: Any, dst: Any, n: Any) -> Any:
+    """n zeros at an address; n is a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        with cgutils.for_range(builder, builder.udiv(args[1], e.index(LANES))) as loop:
+            e.store(e.const(0.0), args[0], builder.mul(loop.index, e.index(LANES)))
+        return context.get_dummy_value()
+
+    return _void(2), codegen

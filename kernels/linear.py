@@ -7,7 +7,9 @@ from torch import Tensor
 
 try:
     from . import cpu_linear
-except ImportError:  # numba is missing: the torch path below is the same operation
+except ModuleNotFoundError as exc:  # without numba the torch path below does the same
+    if exc.name not in ("numba", "llvmlite"):
+        raise
     cpu_linear = None  # type: ignore[assignment]
 
 ROW_TILE = 16

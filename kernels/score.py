@@ -22,7 +22,9 @@ from .summaries import SummarySource, chunk_summaries
 
 try:
     from . import cpu_search
-except ImportError:  # numba is missing: the torch path below is the same operation
+except ModuleNotFoundError as exc:  # without numba the torch path below does the same
+    if exc.name not in ("numba", "llvmlite"):
+        raise
     cpu_search = None  # type: ignore[assignment]
 
 PIECE_ELEMENTS = 1 << 22

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,9 +67,15 @@ def top_chunks(starts: Tensor, scores: Tensor, n_keep: int) -> Tensor:
 
     starts: int64 [Hsel, n] padded with -1; scores: [Hsel, n]. Returns int64 [Hsel, <= n_keep].
     """
-    scores = scores.masked_fill(starts < 0, -torch.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :n_keep]
-    return starts.gather(1, order.sort(dim=-1).values)
+    n_keep = min(n_keep, starts.shape[1])
+    lists = starts.numpy()
+    # NaN counts as best: attention then shows it, and the engine refuses the row
+    ranks = np.where(lists < 0, -np.inf, np.nan_to_num(scores.numpy(), nan=np.inf, neginf=-np.inf))
+    least = np.partition(ranks, -n_keep, axis=1)[:, -n_keep, None]
+    above, equal = ranks > least, ranks == least
+    room = n_keep - above.sum(axis=1, keepdims=True)
+    kept = above | (equal & (equal.cumsum(axis=1) <= room))
+    return torch.from_numpy(lists[kept].reshape(len(lists), n_keep))
 
 
 def keeps_all(starts: Tensor, stage: Stage) -> bool:
