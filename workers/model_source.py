@@ -70,7 +70,7 @@ def _hub_snapshot(model: ModelConfig) -> Path:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
     except HFValidationError as exc:
         raise UnsupportedModel(
-            f"unknown model {model.name!r}: not 'embedded', not a local path, not a hub id"
+            f"unknown model {model.name!r}: not 'embedded', not an existing path, not a hub id"
         ) from exc
     except Exception as exc:
         raise UnsupportedModel(

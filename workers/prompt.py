@@ -34,6 +34,7 @@ class PromptBuilder:
 
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir(config.model))
+        self._special = tuple(self._tokenizer.get_added_vocab())
         self._recipes: dict[str, bytes] = {}
 
     @classmethod
@@ -45,11 +46,33 @@ class PromptBuilder:
         return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        """Tokens of a text of our own making: template markers become special tokens."""
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Tokens of a user's text: whatever it spells, it never becomes a special token."""
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(ids["input_ids"])
 
     def count(self, text: str) -> int:
         """Tokens of a text, without any template."""
-        return len(self.encode(text))
+        return len(self.encode_plain(text))
+
+    def _join(self, *parts: tuple[str, bool]) -> list[int]:
+        """Tokens of alternating (text, is the user's) parts.
+
+        Tokenized as one string, as the model was trained, unless a user's part spells a special
+        token: then the parts are tokenized apart, so that no document can end the user's turn.
+        """
+        if any(user and self._spells_special(text) for text, user in parts):
+            ids: list[int] = []
+            for text, user in parts:
+                ids += self.encode_plain(text) if user else self.encode(text)
+            return ids
+        return self.encode("".join(text for text, _ in parts))
+
+    def _spells_special(self, text: str) -> bool:
+        return any(token in text for token in self._special)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if self._tokenizer.chat_template is None:
@@ -76,8 +99,8 @@ class PromptBuilder:
         before, found, after = rendered.partition(marker)
         if not found:
             raise InvalidInput("the model's chat template drops the user's message")
-        head = self.encode(before + context)
-        tail = self.encode(f"\n\n{question}{after}{answer_prefix}")
+        head = self._join((before, False), (context, True))
+        tail = self._join((f"\n\n{question}", True), (after, False), (answer_prefix, True))
         return Prompt(np.asarray(head + tail, dtype=np.uint32), len(head))
 
     def build_messages(self, messages: list[dict[str, Any]], answer_prefix: str = "") -> Prompt:
@@ -94,8 +117,8 @@ class PromptBuilder:
         before, found, after = self._render(shown).partition(marker)
         if not found:
             raise InvalidInput("the model's chat template drops the last message")
-        head = self.encode(before + context)
-        tail = self.encode(split + question + after + answer_prefix)
+        head = self._join((before, False), (context, True))
+        tail = self._join((split + question, True), (after, False), (answer_prefix, True))
         return Prompt(np.asarray(head + tail, dtype=np.uint32), len(head))
 
     def page_keys(self, prompt: Prompt, tenant: str = "") -> list[PageKey]:
