@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ from . import render
 from .cli_base import DEFAULT_STATE_DIR, Address, StateDir, connect, err
 from .client import Client
 from .proto import inference_pb2
+from .summary import Summary
 
 INLINE_BYTES = 1 << 20
 """Larger documents are uploaded first, in chunks."""
@@ -50,13 +52,13 @@ def generate(
         )
         answer = _stream(events)
     if stats and answer is not None:
-        summary = render.Summary()
+        summary = Summary()
         summary.rows["answered"] = 1
         summary.add_stats(answer.stats)
         err.print(render.summary_table(summary))
 
 
-def _document(client: Client, context: str) -> dict[str, str]:
+def _document(client: Client, context: str) -> dict[str, Any]:
     if "://" in context:
         return {"context_uri": context}
     path = Path(context)
@@ -70,10 +72,10 @@ def _document(client: Client, context: str) -> dict[str, str]:
         raise UnreadableUri(f"{context}: is not UTF-8 text (byte {exc.start})") from exc
 
 
-def _stream(events: object) -> inference_pb2.Answer | None:
+def _stream(events: Iterator[inference_pb2.GenerateResponse]) -> inference_pb2.Answer | None:
     answer = None
     with err.status("queued") as status:
-        for event in events:  # type: ignore[attr-defined]
+        for event in events:
             kind = event.WhichOneof("event")
             if kind == "progress":
                 phase = inference_pb2.Phase.Name(event.progress.phase).removeprefix("PHASE_")

@@ -59,10 +59,10 @@ class Client:
                 ("grpc.enable_retries", 0),
             ],
         )
-        self._inference = inference_pb2_grpc.InferenceStub(self._channel)
-        self._jobs = jobs_pb2_grpc.JobsStub(self._channel)
-        self._contexts = contexts_pb2_grpc.ContextsStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminStub(self._channel)
+        self._inference = _stub(inference_pb2_grpc.InferenceStub, self._channel)
+        self._jobs = _stub(jobs_pb2_grpc.JobsStub, self._channel)
+        self._contexts = _stub(contexts_pb2_grpc.ContextsStub, self._channel)
+        self._admin = _stub(admin_pb2_grpc.AdminStub, self._channel)
 
     def close(self) -> None:
         self._channel.close()
@@ -146,11 +146,14 @@ class Client:
         return list(self._call(self._jobs.List, request).jobs)
 
     def get(self, job_id: str) -> jobs_pb2.Job:
-        return self._call(self._jobs.Get, jobs_pb2.GetJobRequest(job_id=job_id))
+        job: jobs_pb2.Job = self._call(self._jobs.Get, jobs_pb2.GetJobRequest(job_id=job_id))
+        return job
 
     def cancel(self, job_id: str) -> jobs_pb2.Job:
         """Raises AlreadyEnded if the job has ended."""
-        return self._call(self._jobs.Cancel, jobs_pb2.CancelJobRequest(job_id=job_id))
+        request = jobs_pb2.CancelJobRequest(job_id=job_id)
+        job: jobs_pb2.Job = self._call(self._jobs.Cancel, request)
+        return job
 
     def watch(self, job_id: str, *, interval_s: float = 1.0) -> Iterator[jobs_pb2.JobUpdate]:
         """The job's state until it has ended, across restarts of the gateway."""
@@ -183,17 +186,22 @@ class Client:
     def upload_context(self, document: str | Path | bytes) -> contexts_pb2.Context:
         """Store a document once: bytes of UTF-8 text, or the path of a file."""
         requests = (contexts_pb2.UploadContextRequest(chunk=c) for c in _chunks(document))
-        return self._send(self._contexts.Upload, requests, 20 * self._timeout_s)
+        upload = self._contexts.Upload
+        context: contexts_pb2.Context = self._send(upload, requests, 20 * self._timeout_s)
+        return context
 
     def import_context(self, uri: str) -> contexts_pb2.Context:
         request = contexts_pb2.ImportContextRequest(uri=uri)
-        return self._send(self._contexts.Import, request, 20 * self._timeout_s)
+        load = self._contexts.Import
+        context: contexts_pb2.Context = self._send(load, request, 20 * self._timeout_s)
+        return context
 
     def delete_context(self, context_id: str) -> None:
         self._call(self._contexts.Delete, contexts_pb2.DeleteContextRequest(context_id=context_id))
 
     def stats(self) -> admin_pb2.StatsResponse:
-        return self._call(self._admin.Stats, admin_pb2.StatsRequest())
+        stats: admin_pb2.StatsResponse = self._call(self._admin.Stats, admin_pb2.StatsRequest())
+        return stats
 
     def drain(self, timeout_s: float = 60.0) -> int:
         """No new work from now on; returns the rows still running when the time was over."""
@@ -261,6 +269,10 @@ def has_ended(job: jobs_pb2.Job) -> bool:
         jobs_pb2.JOB_STATE_FAILED,
         jobs_pb2.JOB_STATE_CANCELLED,
     )
+
+
+def _stub(kind: Any, channel: Any) -> Any:
+    return kind(channel)  # generated without types
 
 
 def _sampling(fields: Mapping[str, Any]) -> inference_pb2.Sampling:

@@ -79,7 +79,7 @@ class LocalRuntime:
         with self._lock:
             if part_id not in self._servers:
                 self._build(part_id)
-            return Located(self._servers[part_id].address)
+            return Located(self._servers[part_id].address, node_id=NODE_ID)
 
     def restart(self, part_id: str) -> None:
         """Part of PartHost: end the part; `locate` builds it anew."""

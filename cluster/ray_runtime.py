@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray._raylet import Config as RaySettings
+from ray._raylet import Config as RaySettings  # type: ignore[attr-defined]
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from ..core.config import Config, config_dict
@@ -91,8 +91,10 @@ class RayRuntime:
                 self._geometry = geometry.result(_left(deadline, "read the model's shape"))
             self._connect(address)
             self._drop_surplus()
-            for kind in ("store", "retriever", "worker"):
-                self._bring_up([i for i, k in self._kinds.items() if k == kind], deadline)
+            # workers are told where the others are when they are built
+            for last in (False, True):
+                ids = [i for i, k in self._kinds.items() if (k == "worker") == last]
+                self._bring_up(ids, deadline)
             self._supervisor.watch(epoch)
         except BaseException:
             self.stop()
@@ -140,7 +142,8 @@ class RayRuntime:
         if health["fingerprint"] != self._fingerprint:
             ray.kill(actor, no_restart=True)
             raise Unavailable(f"{part_id} ran with another configuration and is replaced")
-        return Located(str(address), int(health["pid"]) if self._own_head else None)
+        pid = int(health["pid"]) if self._own_head else None
+        return Located(str(address), pid, str(health["node_id"]))
 
     def restart(self, part_id: str) -> None:
         """Part of PartHost: kill the process; Ray starts the actor again."""
@@ -237,11 +240,11 @@ class RayRuntime:
 
     def _disconnect(self, keep_parts: bool) -> None:
         if not keep_parts:
-            actors = []
+            actors: list[Any] = []
             for part_id in self._kinds:
                 with contextlib.suppress(ValueError):
                     actors.append(ray.get_actor(part_id, namespace=self._head.namespace))
-            drains = [actor.drain.remote(_DRAIN_S) for actor in actors]
+            drains: list[Any] = [actor.drain.remote(_DRAIN_S) for actor in actors]
             if drains:
                 ray.wait(drains, num_returns=len(drains), timeout=2 * _DRAIN_S)
             for actor in actors:

@@ -34,7 +34,7 @@ class Runtime(Protocol):
         ...
 
     def stats(self) -> dict[str, dict[str, Any]]:
-        """Per part id: kind, state, address, restarts, and the part's own numbers if it answers."""
+        """Per part id: kind, state, address, node_id, restarts, and the part's own numbers."""
         ...
 
     def stop(self, *, keep_parts: bool = False) -> None:
@@ -48,6 +48,7 @@ class Located:
 
     address: str
     pid: int | None = None
+    node_id: str = ""
 
 
 def part_ids(config: Config) -> dict[PartKind, list[str]]:

@@ -141,12 +141,13 @@ class Supervisor:
             with self._lock:
                 channel, located = part.channel, part.located
             report[part.part_id] = {
+                **ask_stats(channel),
                 "kind": part.kind,
                 "state": "live" if channel is not None else "lost",
                 "address": located.address if located else "",
                 "pid": (located.pid if located else None) or 0,
+                "node_id": located.node_id if located else "",
                 "restarts": part.restarts,
-                **ask_stats(channel),
             }
         return report
 

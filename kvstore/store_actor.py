@@ -30,15 +30,16 @@ class StoreActor:
         tree = Config.model_validate(config)
         os.environ.update(thread_settings(1))
         self._fingerprint = fingerprint
-        host = host or ray.util.get_node_ip_address()
-        node_id = ray.get_runtime_context().get_node_id()
+        host = host or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._node_id = node_id = ray.get_runtime_context().get_node_id()
         self._serving = Serving(lambda: builder(build)(tree, part_id, node_id, geometry), host)
 
     def address(self) -> str:
         return self._serving.address()
 
     def health(self) -> dict[str, Any]:
-        return {**self._serving.health(), "fingerprint": self._fingerprint}
+        mine = {"fingerprint": self._fingerprint, "node_id": self._node_id}
+        return {**self._serving.health(), **mine}
 
     def drain(self, timeout_s: float = 5.0) -> None:
         self._serving.drain(timeout_s)

@@ -34,7 +34,7 @@ class FakeService:
             self.epoch = header["epoch"]
         elif method == "stores":
             with self._lock:
-                self.known = dict(header)
+                self.known = {**self.known, **header}
         elif method == "count":
             return (Reply({"n": n}) for n in range(header["n"]))
         return Reply(

@@ -70,6 +70,7 @@ def test_stats_of_every_part(runtime: LocalRuntime) -> None:
     stats = runtime.stats()
     assert sorted(stats) == ["retriever-0", "store-0", "store-1", "worker-0", "worker-1"]
     assert all(part["state"] == "live" for part in stats.values())
+    assert {part["node_id"] for part in stats.values()} == {"local"}
     assert stats["store-1"]["part_id"] == "store-1"  # the part's own numbers are merged in
 
 

@@ -104,6 +104,8 @@ def test_parts_outlive_a_killed_driver_and_are_adopted(
     stats = runtime.stats()
     assert sorted(stats) == ["retriever-0", "store-0", "store-1", "worker-0"]
     assert {i: p["pid"] for i, p in stats.items()} == {i: p["pid"] for i, p in abandoned.items()}
+    assert len({p["node_id"] for p in stats.values()}) == 1
+    assert worker_state(runtime)["known"]["node"] == stats["store-0"]["node_id"] != ""
     assert worker_state(runtime)["epoch"] == 2  # the new gateway's, not the dead one's
     record = json.loads((state_dir / "cluster.json").read_text())
     assert record["parts"]["store-1"] == stats["store-1"]["pid"]
