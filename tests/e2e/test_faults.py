@@ -1,0 +1,194 @@
+"""kill -9 in the middle of a batch: it ends, every row once, with the undisturbed run's tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longreach.cluster.processes import process_alive
+from longreach.cluster.proto import jobs_pb2
+from longreach.core.errors import Unavailable
+
+from .serving import Batch, Serve, rows_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+WORDS = (900, 1200, 1700)
+N_ROWS = 6
+N_TOKENS = 120
+PAGE_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def local(new_serve: Callable[..., Serve]) -> Serve:
+    return new_serve("inprocess")
+
+
+@pytest.fixture(scope="module")
+def cluster(new_serve: Callable[..., Serve]) -> Iterator[Serve]:
+    made = new_serve("ray")
+    yield made
+    if made.process is not None:
+        made.stop()
+
+
+both_wirings = pytest.mark.parametrize("wiring", ["local", pytest.param("cluster", marks=pytest.mark.ray)])
+
+
+def decoding(update: jobs_pb2.JobUpdate) -> bool:
+    """Every row has made some tokens and none is done."""
+    return len(update.active) == N_ROWS and all(row.decoded > 8 for row in update.active)
+
+
+def prefilling(update: jobs_pb2.JobUpdate) -> bool:
+    """The second context is half computed."""
+    return any(row.prefilled > 1000 and row.phase == "prefill" for row in update.active)
+
+
+def struck(
+    serve: Serve,
+    rows: list[dict[str, Any]],
+    reached: Callable[[jobs_pb2.JobUpdate], bool],
+    strike: Callable[[], None],
+) -> Batch:
+    """What a batch gives into the middle of which `strike` falls."""
+    job_id = serve.submit(rows)
+    serve.updates_until(job_id, reached)
+    strike()
+    return serve.finish(job_id)
+
+
+def assert_undisturbed(batch: Batch, rows: list[dict[str, Any]], inprocess: Serve) -> None:
+    assert Counter(line["custom_id"] for line in batch.lines) == Counter(
+        row["custom_id"] for row in rows
+    )
+    assert batch.job.rows.done == len(rows)
+    assert batch.job.decoded_tokens == len(rows) * N_TOKENS
+    assert batch.answers == inprocess.run(rows).answers
+
+
+def kill_part(serve: Serve, *names: str) -> Callable[[], None]:
+    pids = [int(serve.part(name)["pid"]) for name in names]
+
+    def strike() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    return strike
+
+
+@both_wirings
+def test_gateway_killed(request: pytest.FixtureRequest, wiring: str, inprocess: Serve) -> None:
+    serve: Serve = request.getfixturevalue(wiring)
+    rows = rows_of(11 if wiring == "local" else 12, N_ROWS, N_TOKENS, WORDS)
+    pids = [int(part.numbers["pid"]) for part in serve.client.stats().parts]
+    epoch = serve.client.stats().epoch
+    job_id = serve.submit(rows)
+    seen: list[jobs_pb2.JobUpdate] = []
+    watcher = threading.Thread(target=lambda: seen.extend(serve.client.watch(job_id)), daemon=True)
+    watcher.start()
+    serve.updates_until(job_id, decoding)
+    serve.kill()
+    if wiring == "cluster":
+        assert all(process_alive(pid) for pid in pids)  # the gateway is not their parent
+    serve.start("--port", serve.address.rpartition(":")[2])
+    batch = serve.finish(job_id)
+    assert_undisturbed(batch, rows, inprocess)
+    assert serve.client.stats().epoch == epoch + 1
+    # answers went on from the journal's tokens; prompts came from the stores where they live on
+    assert batch.total("tokens_replayed") > 8 * N_ROWS
+    if wiring == "cluster":
+        assert [int(part.numbers["pid"]) for part in serve.client.stats().parts] == pids
+        assert batch.total("pages_recomputed") == 0
+        assert batch.total("tokens_prefilled") < N_ROWS * 2 * PAGE_TOKENS
+    else:
+        n_pages = [n // PAGE_TOKENS for n in (s["tokens_prompt"] for s in batch.stats.values())]
+        assert max(n_pages) < batch.total("pages_recomputed") <= sum(n_pages)
+    # a client that watched from before lived through it
+    watcher.join(timeout=20)
+    assert seen[-1].job.state == jobs_pb2.JOB_STATE_COMPLETED
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("seed", "reached"), [(13, prefilling), (14, decoding)])
+def test_worker_killed(cluster: Serve, inprocess: Serve, seed: int, reached: Any) -> None:
+    rows = rows_of(seed, N_ROWS, N_TOKENS, WORDS)
+    restarts = cluster.part("worker-0")["restarts"]
+    batch = struck(cluster, rows, reached, kill_part(cluster, "worker-0"))
+    assert_undisturbed(batch, rows, inprocess)
+    assert cluster.part("worker-0")["restarts"] == restarts + 1
+    # what had reached the stores was not computed again
+    total = batch.total("tokens_prompt")
+    if reached is decoding:
+        assert batch.total("tokens_reused") > total - N_ROWS * 2 * PAGE_TOKENS
+        assert batch.total("tokens_replayed") > 8 * N_ROWS
+    assert batch.total("tokens_reused") > 1000
+    # what had not, was: at most the pages under way when it died
+    assert batch.total("pages_recomputed") <= 3 * 8
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("seed", "reached"), [(15, prefilling), (16, decoding)])
+def test_store_killed(cluster: Serve, inprocess: Serve, seed: int, reached: Any) -> None:
+    rows = rows_of(seed, N_ROWS, N_TOKENS, WORDS)
+    restarts = cluster.part("store-1")["restarts"]
+    batch = struck(cluster, rows, reached, kill_part(cluster, "store-1"))
+    assert_undisturbed(batch, rows, inprocess)
+    assert batch.total("pages_recomputed") == batch.total("restarts") == 0
+    deadline = time.monotonic() + 30
+    while cluster.part("worker-0")["store_stores_live"] < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert cluster.part("store-1")["restarts"] == restarts + 1
+    # the pages are still there for a later question, from the store that lived
+    (later,) = cluster.run([rows[0] | {"question": "And later?"}]).stats.values()
+    assert later["tokens_reused"] > later["tokens_prompt"] - 2 * PAGE_TOKENS
+
+
+@pytest.mark.ray
+def test_worker_and_all_stores_killed_at_once(cluster: Serve, inprocess: Serve) -> None:
+    rows = rows_of(17, N_ROWS, N_TOKENS, WORDS)
+    strike = kill_part(cluster, "worker-0", "store-0", "store-1")
+    batch = struck(cluster, rows, decoding, strike)
+    assert_undisturbed(batch, rows, inprocess)
+    # every context once, whichever of its rows came first
+    contexts = sorted(s["tokens_prompt"] // PAGE_TOKENS for s in batch.stats.values())[::2]
+    assert sum(contexts) - 6 <= batch.total("pages_recomputed") <= sum(contexts) + N_ROWS
+
+
+@both_wirings
+def test_sigterm_drains_and_the_next_start_continues(
+    request: pytest.FixtureRequest, wiring: str, inprocess: Serve, arenas: Path
+) -> None:
+    """More rows than run at once: those that run are finished, the others wait in the journal."""
+    serve: Serve = request.getfixturevalue(wiring)
+    rows = rows_of(18, 20, N_TOKENS, (200, 300))
+    job_id = serve.submit(rows)
+    serve.updates_until(job_id, lambda update: update.decoded_tokens > 100)
+    pids = [int(part.numbers["pid"]) for part in serve.client.stats().parts]
+    assert serve.process is not None
+    gateway = serve.process.pid
+    os.kill(gateway, signal.SIGTERM)
+    with pytest.raises(Unavailable):  # Draining is one
+        for _ in range(100):
+            serve.client.submit(b"{}")
+            time.sleep(0.05)
+    assert serve.process.wait(60) == 0
+    serve.process = None
+    assert not [pid for pid in pids if pid and process_alive(pid)]
+    assert not (serve.state_dir / "gateway.json").exists()
+    assert not (serve.state_dir / "cluster.json").exists()
+    serve.start("--port", serve.address.rpartition(":")[2])
+    done = serve.client.get(job_id).rows.done
+    batch = serve.finish(job_id)
+    assert_undisturbed(batch, rows, inprocess)
+    assert 0 < done < len(rows)
+    assert serve.stop() == 0
