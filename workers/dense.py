@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core.config import ModelConfig
+from ..core.config import Config, ModelConfig
 from .model_source import model_dir
-from .prompt import Prompt
+from .prompt import Prompt, PromptBuilder
+from .threads import use_threads
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,25 @@ class DenseModel:
 
     def text(self, answer: DenseAnswer) -> str:
         return str(self.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+
+
+def answer_batch(batch: Path, config: Config | None = None) -> dict[str, str]:
+    """Dense greedy answers by custom_id to a batch in our row shape (context or context_uri a local
+    path). Contexts are read once however many rows ask about them."""
+    config = config or Config()
+    use_threads(config.model.n_threads)
+    builder = PromptBuilder.from_config(config)
+    rows = [json.loads(line) for line in batch.read_text(encoding="utf-8").splitlines() if line]
+    texts: dict[str, str] = {}
+    prompts = []
+    for row in rows:
+        uri = row.get("context_uri")
+        if uri is not None and uri not in texts:
+            texts[uri] = Path(uri).read_text(encoding="utf-8")
+        context = row["context"] if uri is None else texts[uri]
+        prompts.append(builder.build(context, row["question"], row.get("answer_prefix", "")))
+    model = DenseModel(config.model)
+    answers = model.answer(prompts, [int(row.get("max_tokens", 64)) for row in rows])
+    return {
+        str(row["custom_id"]): model.text(answer) for row, answer in zip(rows, answers, strict=True)
+    }

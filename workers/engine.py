@@ -308,7 +308,7 @@ class Engine:
             self._finish(row, "length")
 
     def _finish(self, row: Row, reason: str) -> None:
-        row.stats.pages_device = self._pages_on_device(row)
+        row.stats.pages_device = self.flow.pages_on_device(row)
         payload = {
             "finish_reason": reason,
             "text": row.text.text if row.text else "",
@@ -335,12 +335,6 @@ class Engine:
         except LongreachError as exc:
             # a retriever that is gone has forgotten the context anyway
             _log.warning("closing a context at the retriever failed: %s", exc)
-
-    def _pages_on_device(self, row: Row) -> int:
-        """Most pages of this row's context that any layer holds now."""
-        return max((r.n_resident for r in self.flow.residency), default=0) // (
-            self.flow.geometry.n_kv_heads
-        )
 
     def _emit(self, row: Row, kind: Any, payload: dict[str, Any]) -> None:
         self._events.append(RowEvent(row.row_id, kind, {"event": kind, **payload}))

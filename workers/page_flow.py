@@ -356,6 +356,12 @@ class PageFlow:
             n_tokens=n_tokens,
         )
 
+    def pages_on_device(self, row: Row) -> int:
+        """Most pages of this row that the bank of any layer holds now."""
+        leaves = self._leaves(np.asarray(row.page_ids, dtype=np.int64))
+        resident = [int((r.slots_of(leaves) >= 0).sum()) for r in self.residency]
+        return max(resident, default=0) // self.geometry.n_kv_heads
+
     def fits(self, layer: int, leaves: np.ndarray) -> bool:
         return self.residency[layer].fits(leaves)
 

@@ -132,4 +132,4 @@ class SummaryIndex:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().numpy().reshape(-1).view(np.uint8))
+    return tensor.contiguous().numpy().reshape(-1).view(np.uint8).data
