@@ -13,11 +13,12 @@ from .plan import Segment
 from .rope import Rope
 
 try:
-    from . import cpu_attend
+    from . import cpu_attend, cpu_merge
 except ModuleNotFoundError as exc:  # without numba the torch path below does the same
     if exc.name not in ("numba", "llvmlite"):
         raise
     cpu_attend = None  # type: ignore[assignment]
+    cpu_merge = None  # type: ignore[assignment]
 
 
 def attend_segments(
@@ -129,9 +130,9 @@ def merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
     Rows with lse -inf carry nothing. A row that no partial covers gives out 0 and lse -inf.
     """
-    if cpu_attend is not None and len(o) and o.is_contiguous() and lse.is_contiguous():
+    if cpu_merge is not None and len(o) and o.is_contiguous() and lse.is_contiguous():
         out, total = torch.empty_like(o[0]), torch.empty_like(lse[0])
-        cpu_attend.merge(o, lse, out, total)
+        cpu_merge.merge(o, lse, out, total)
         return out, total
     return merge_torch(o, lse)
 

@@ -5,11 +5,16 @@ chunk, end of the candidates, paper variant, keys (RAW, one position per CHUNK, 
 of the group, whether to score every token. book, cos, sin: addresses (see `cpu_pages`).
 """
 
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
 
+from .cpu_ir import LANES
+from .cpu_memory import prefetch
 from .cpu_pages import (
     KEY,
     OPTIONS,
@@ -20,7 +25,7 @@ from .cpu_pages import (
     load_row,
     page_address,
 )
-from .cpu_tiles import LANES, ROWS, dots_1x1, dots_1x3, dots_1x6, max_dot_6, prefetch
+from .cpu_tiles import ROWS, dots_1x1, dots_1x3, dots_1x6, max_dot_6
 
 TILE = 8 * ROWS
 """Chunks of one task."""
@@ -32,7 +37,7 @@ RAW, PER_CHUNK, PER_TOKEN = 0, 1, 2
 
 
 @njit(**OPTIONS)
-def call_near(kv_head, starts, chunk, end, book):  # type: ignore[no-untyped-def]
+def call_near(kv_head, starts, chunk, end, book):
     """Prefetch small chunks: the descent's next address depends on its last score."""
     row_bytes = bytes_of_row(book)
     if chunk * row_bytes > NEAR_BYTES:
@@ -46,7 +51,7 @@ def call_near(kv_head, starts, chunk, end, book):  # type: ignore[no-untyped-def
 
 
 @njit(**OPTIONS)
-def _key_row(token, start, position, dst, kv_head, keys, cos, sin, book):  # type: ignore[no-untyped-def]
+def _key_row(token, start, position, dst, kv_head, keys, cos, sin, book):
     """Address of a key as float32: in its page where it can be read as it is, else dst. 0 = absent."""
     src = page_address(token, KEY, kv_head, book)
     if src == 0 or (keys == RAW and is_float32(book)):
@@ -61,7 +66,7 @@ def _key_row(token, start, position, dst, kv_head, keys, cos, sin, book):  # typ
 
 @njit(**OPTIONS)
 def descend(state, head, kv_head, starts, base, scores, queries, cos, sin, settings, book, floats,
-            rows, ints):  # type: ignore[no-untyped-def]  # fmt: skip
+            rows, ints):  # fmt: skip
     """Many queries of one head: 6 chunks at a time go down level by level; fills scores[head]."""
     chunk, end, paper, keys = settings[0], settings[1], settings[2] == 1, settings[3]
     n, head_dim = len(starts), rows.shape[1]
@@ -133,7 +138,7 @@ def descend(state, head, kv_head, starts, base, scores, queries, cos, sin, setti
 
 @njit(**OPTIONS)
 def every_token(state, kv_head, starts, base, scores, queries, cos, sin, settings, book, rows,
-                table):  # type: ignore[no-untyped-def]  # fmt: skip
+                table):  # fmt: skip
     """One query per head: score every token of a small chunk in one sweep, then descend on scores.
 
     Probing would read most of them anyway, once per head and in an order that stalls. Fills
@@ -184,7 +189,7 @@ def every_token(state, kv_head, starts, base, scores, queries, cos, sin, setting
 
 
 @njit(**OPTIONS)
-def _walk(table, size, left, right, paper):  # type: ignore[no-untyped-def]
+def _walk(table, size, left, right, paper):
     """The descent on scores: columns `left` and `right` of table hold those of the two sides."""
     a, z, best = 0, size, np.float32(-np.inf)
     while z - a > 1:

@@ -10,6 +10,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic
+"""numba's decorator, untyped: callers see only the compiled signature."""
 
 LANES = 16
 F32 = ir.FloatType()

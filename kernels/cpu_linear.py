@@ -1,5 +1,8 @@
 """x W^T for a few rows at memory speed: `linear.linear_rows` in numba, tasks of output rows."""
 
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -34,7 +37,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 @njit(**OPTIONS)
-def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):  # type: ignore[no-untyped-def]
+def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
@@ -44,7 +47,7 @@ def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):  # type: ignor
 
 
 @njit(**OPTIONS)
-def _rows(x, w, bias, has_bias, out, per_task, first, last):  # type: ignore[no-untyped-def]
+def _rows(x, w, bias, has_bias, out, per_task, first, last):
     """Outputs [first, last) of all rows; a weight row is read once for up to 8 rows of x."""
     n_rows, n_in = x.shape
     n_out = w.shape[0]

@@ -1,5 +1,8 @@
 """Rows of pages as float32 scratch, for the numba kernels: lookup, conversion and RoPE in one pass."""
 
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from .cpu_tiles import (
+from .cpu_memory import (
     load_bfloat16,
     load_float16,
     load_float32,
@@ -85,13 +88,13 @@ def angle_table(rope: Rope, n_positions: int) -> tuple[np.ndarray, np.ndarray] |
 
 
 @njit(**OPTIONS)
-def address(array: Any) -> int:
+def address(array):
     """Where an array begins. Signed: numba makes a float of an unsigned plus a signed integer."""
     return np.int64(array.ctypes.data)
 
 
 @njit(**OPTIONS)
-def page_address(token: int, side: int, kv_head: int, book: int) -> int:
+def page_address(token, side, kv_head, book):
     """Address of one stored row; 0 if its page is absent. book: address of Pages.book."""
     page_tokens = peek(book, _PAGE_TOKENS)
     page = token // page_tokens
@@ -105,28 +108,28 @@ def page_address(token: int, side: int, kv_head: int, book: int) -> int:
 
 
 @njit(**OPTIONS)
-def bytes_of_row(book: int) -> int:
+def bytes_of_row(book):
     return peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
 
 
 @njit(**OPTIONS)
-def value_offset(book: int) -> int:
+def value_offset(book):
     """Bytes from a stored key to its value."""
     return peek(book, _PAGE_TOKENS) * bytes_of_row(book)
 
 
 @njit(**OPTIONS)
-def is_float32(book: int) -> bool:
+def is_float32(book):
     return peek(book, _KIND) == 0
 
 
 @njit(**OPTIONS)
-def n_tokens_of(book: int) -> int:
+def n_tokens_of(book):
     return peek(book, _N_TOKENS)
 
 
 @njit(**OPTIONS)
-def load_row(dst: int, src: int, book: int) -> None:
+def load_row(dst, src, book):
     kind, n = peek(book, _KIND), peek(book, _HEAD_DIM)
     if kind == 0:
         load_float32(dst, src, n)
@@ -137,7 +140,7 @@ def load_row(dst: int, src: int, book: int) -> None:
 
 
 @njit(**OPTIONS)
-def load_rotated(dst: int, src: int, book: int, cos: int, sin: int, position: int) -> None:
+def load_rotated(dst, src, book, cos, sin, position):
     """cos, sin: addresses of the angle table, whose rows are D / 2 floats."""
     kind, half = peek(book, _KIND), peek(book, _HEAD_DIM) // 2
     offset = 4 * position * half
@@ -150,5 +153,5 @@ def load_rotated(dst: int, src: int, book: int, cos: int, sin: int, position: in
 
 
 @njit(**OPTIONS)
-def zero_row(dst: int, book: int) -> None:
+def zero_row(dst, book):
     zero_float32(dst, peek(book, _HEAD_DIM))

@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
+from .cpu_ir import LANES
 from .cpu_pages import OPTIONS
-from .cpu_tiles import LANES
 
 
 def query_tiles(

@@ -1,5 +1,8 @@
 """Binary-search scorer in numba: `score._search` on pages, one task per KV head and chunk tile."""
 
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import numpy as np
@@ -9,10 +12,11 @@ from torch import Tensor
 
 from ..core.stage import Stage
 from .cpu_descend import PER_CHUNK, PER_TOKEN, RAW, TILE, call_near, descend, every_token
+from .cpu_ir import LANES
 from .cpu_pages import OPTIONS, address, angle_table, as_pages
 from .cpu_pool import POOL
 from .cpu_query import query_tiles
-from .cpu_tiles import LANES, ROWS, take_ticket
+from .cpu_tiles import ROWS, take_ticket
 from .paged import PagedKV, absent_page
 from .rope import Rope
 from .selection import StagePositions
@@ -83,7 +87,7 @@ def search_scores(
 
 @njit(**OPTIONS)
 def _worker(state, n_tasks, scores, starts, base, queries, cos, sin, settings, book, floats, rows,
-            table, ints):  # type: ignore[no-untyped-def]  # fmt: skip
+            table, ints):  # fmt: skip
     n_heads, n_chunks = scores.shape
     group = settings[4]
     n_kv_heads = n_heads // group

@@ -8,14 +8,12 @@ Measured on a 2-core AVX2 machine: 96 GFLOP/s a core, torch's GEMM 87.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from .cpu_ir import F32, I32, I64, LANES, Emit
+from .cpu_ir import F32, I64, LANES, Emit, intrinsic
 
 ROWS = 6
 """Rows of the widest tile: 6 x 16 floats are 12 of the 16 registers of AVX2."""
@@ -38,7 +36,7 @@ def _accumulate(
             builder.store(e.fma(left, right, builder.load(total)), total)
 
 
-def _tile(rows: int, scaled: bool) -> Callable[..., None]:
+def _tile(rows: int, scaled: bool) -> Any:
     """C[i, 0:16] = scale[i] * sum_k A[i, k] * B[k, 0:16] for `rows` rows."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -61,14 +59,14 @@ def _tile(rows: int, scaled: bool) -> Callable[..., None]:
              n_k: Any, scale: Any) -> Any:  # fmt: skip
         return _void(9), codegen
 
-    return intrinsic(tile)  # type: ignore[no-any-return]
+    return intrinsic(tile)
 
 
 tile_6, tile_4, tile_2, tile_1 = (_tile(n, False) for n in (6, 4, 2, 1))
 scaled_6, scaled_4, scaled_2, scaled_1 = (_tile(n, True) for n in (6, 4, 2, 1))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def max_dot_6(typing: Any, out: Any, keys: Any, queries: Any, n_tiles: Any, n_k: Any) -> Any:
     """out[i] = max over queries of key i . query, for 6 keys.
 
@@ -96,7 +94,7 @@ def max_dot_6(typing: Any, out: Any, keys: Any, queries: Any, n_tiles: Any, n_k:
     return _void(5), codegen
 
 
-def _dots(n_x: int, n_w: int) -> Callable[..., None]:
+def _dots(n_x: int, n_w: int) -> Any:
     """out[i, j] = x[i] . w[j] for n_x rows x and n_w rows w: 16 partial sums each, then pairwise,
     then the tail of n_k % 16."""
 
@@ -134,13 +132,13 @@ def _dots(n_x: int, n_w: int) -> Callable[..., None]:
              n_k: Any) -> Any:  # fmt: skip
         return _void(7), codegen
 
-    return intrinsic(dots)  # type: ignore[no-any-return]
+    return intrinsic(dots)
 
 
 dots_1x6, dots_1x3, dots_1x1, dots_2x2 = _dots(1, 6), _dots(1, 3), _dots(1, 1), _dots(2, 2)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def softmax_columns(
     typing: Any, s: Any, ld_s: Any, n_keys: Any, top_out: Any, total_out: Any
 ) -> Any:
@@ -172,7 +170,7 @@ def softmax_columns(
     return _void(5), codegen
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def softmax_row(typing: Any, s: Any, n_tiles: Any, top_out: Any, total_out: Any) -> Any:
     """The same for one row of 16 * n_tiles contiguous floats; one float each to the two outputs."""
 
@@ -201,64 +199,7 @@ def softmax_row(typing: Any, s: Any, n_tiles: Any, top_out: Any, total_out: Any)
     return _void(4), codegen
 
 
-def _load(kind: str, rotated: bool) -> Callable[..., None]:
-    """One stored row as float32 at dst, rotated or not. n: elements (or pairs), multiple of 8."""
-    wide = ir.VectorType(F32, 8)
-
-    def read(e: Emit, src: Any, at: Any) -> Any:
-        if kind == "float32":
-            return e.b.load(e.pointer(src, at, wide), align=4)
-        raw = e.b.load(e.pointer(src, at, ir.VectorType(ir.IntType(16), 8), 2), align=2)
-        if kind == "float16":
-            return e.b.fpext(e.b.bitcast(raw, ir.VectorType(ir.HalfType(), 8)), wide)
-        ints = ir.VectorType(I32, 8)
-        shifted = e.b.shl(e.b.zext(raw, ints), ir.Constant(ints, [16] * 8))
-        return e.b.bitcast(shifted, wide)
-
-    def copy(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dst, src, n = args
-        e = Emit(builder)
-        with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
-            at = builder.mul(loop.index, e.index(8))
-            e.store(read(e, src, at), dst, at, wide)
-        return context.get_dummy_value()
-
-    def rotate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        dst, src, n, cos, sin = args
-        e = Emit(builder)
-        with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
-            at = builder.mul(loop.index, e.index(8))
-            above = builder.add(at, n)
-            first, second = read(e, src, at), read(e, src, above)
-            c = builder.load(e.pointer(cos, at, wide), align=4)
-            s = builder.load(e.pointer(sin, at, wide), align=4)
-            minus = builder.fsub(e.const(0.0, wide), builder.fmul(second, s))
-            e.store(e.fma(first, c, minus), dst, at, wide)
-            e.store(e.fma(second, c, builder.fmul(first, s)), dst, above, wide)
-        return context.get_dummy_value()
-
-    if rotated:
-
-        def load_rotated(typing: Any, dst: Any, src: Any, n: Any, cos: Any, sin: Any) -> Any:
-            return _void(5), rotate
-
-        return intrinsic(load_rotated)  # type: ignore[no-any-return]
-
-    def load(typing: Any, dst: Any, src: Any, n: Any) -> Any:
-        return _void(3), copy
-
-    return intrinsic(load)  # type: ignore[no-any-return]
-
-
-load_float32, load_float16, load_bfloat16 = (
-    _load(kind, False) for kind in ("float32", "float16", "bfloat16")
-)
-rotate_float32, rotate_float16, rotate_bfloat16 = (
-    _load(kind, True) for kind in ("float32", "float16", "bfloat16")
-)
-
-
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def take_ticket(typing: Any, counter: Any) -> Any:
     """Atomically add 1 to the int64 at an address; returns its old value."""
 
@@ -268,43 +209,3 @@ def take_ticket(typing: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", pointer, e.index(1), "monotonic")
 
     return types.int64(types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for one cache line, for the second-level cache."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        kinds = [pointer.type, I32, I32, I32]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
-        )
-        builder.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 2, 1))])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def peek(typing: Any, address: Any, index: Any) -> Any:
-    """int64 number `index` after an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emit(builder)
-        return builder.load(e.pointer(args[0], args[1], ir.IntType(64), 8))
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic  # type: ignore[misc]
-def zero_float32(typing: Any, dst: Any, n: Any) -> Any:
-    """n zeros at an address; n is a multiple of 16."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emit(builder)
-        with cgutils.for_range(builder, builder.udiv(args[1], e.index(LANES))) as loop:
-            e.store(e.const(0.0), args[0], builder.mul(loop.index, e.index(LANES)))
-        return context.get_dummy_value()
-
-    return _void(2), codegen

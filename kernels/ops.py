@@ -10,6 +10,7 @@ from .rope import Rope
 from .select import select_blocks
 from .selection import Selection
 from .summaries import SummarySource, chunk_summaries
+from .warm import warm_up
 
 __all__ = [
     "PagedKV",
@@ -27,4 +28,5 @@ __all__ = [
     "plan_attend",
     "select_blocks",
     "touched_pages",
+    "warm_up",
 ]

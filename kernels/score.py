@@ -127,7 +127,7 @@ def _summary(
     if positions.per_token:
         position = position + (end - starts).clamp(max=stage.chunk) // 2
     position = position.expand(n_kv_heads, -1)
-    grouped = queries.unflatten(0, (n_kv_heads, -1))  # [Hkv, G, Tp, D]
+    grouped = queries.reshape(n_kv_heads, -1, *queries.shape[1:])  # [Hkv, G, Tp, D]
     if kind == "mean":
         keys = rope.rotate(summaries[:, :, 0], position)
         return (grouped @ keys[:, None].mT).amax(dim=2).flatten(0, 1)

@@ -87,7 +87,7 @@ def reduce_heads(scores: Tensor, n_kv_heads: int, head_reduce: HeadReduce) -> Te
     """Maximum over the heads that share a mask: [H, n] -> [1, n] or [Hkv, n] (paper 4, Eq 3)."""
     if head_reduce == "all":
         return scores.amax(dim=0, keepdim=True)
-    return scores.unflatten(0, (n_kv_heads, -1)).amax(dim=1)
+    return scores.reshape(n_kv_heads, -1, scores.shape[1]).amax(dim=1)
 
 
 def pool_queries(q: Tensor, stride: int) -> Tensor:

@@ -37,10 +37,12 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Runs a test twice: with the numba kernels, and as where numba is missing."""
     if request.param == "torch":
         monkeypatch.setattr(attend, "cpu_attend", None)
+        monkeypatch.setattr(attend, "cpu_merge", None)
         monkeypatch.setattr(score, "cpu_search", None)
         monkeypatch.setattr(linear, "cpu_linear", None)
     else:
         assert attend.cpu_attend is not None
+        assert attend.cpu_merge is not None
         assert score.cpu_search is not None
         assert linear.cpu_linear is not None
     return str(request.param)
