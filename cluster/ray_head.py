@@ -31,6 +31,7 @@ from .processes import (
     command_of,
     environment_of,
     free_port,
+    process_alive,
     send_signal,
     session_members,
 )
@@ -101,15 +102,20 @@ class RayHead:
     def end_processes(self, timeout_s: float = 10.0) -> None:
         """End this session's processes, politely and then not; others on the machine stay."""
         deadline = time.monotonic() + timeout_s
+        signalled: set[int] = set()
         for signum, share in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0)):
             until = deadline - timeout_s * (1.0 - share)
-            for pid in self.pids():
-                send_signal(pid, signum)
-            while self.pids() and time.monotonic() < until:
+            while (pids := self.pids()) and time.monotonic() < until:
+                for pid in pids:
+                    if signum == signal.SIGKILL or pid not in signalled:
+                        send_signal(pid, signum)
+                signalled.update(pids)
                 time.sleep(_POLL_S)
-        left = self.pids()
-        if left:
-            raise DeadlineExceeded(f"Ray processes {left} did not end within {timeout_s:.0f} s")
+        # one that is ending has no command line any more, but still holds its files and locks
+        while left := [pid for pid in signalled if process_alive(pid)]:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"Ray processes {left} did not end within {timeout_s:.0f} s")
+            time.sleep(_POLL_S)
 
     def stop(self) -> None:
         """End the processes and remove what they left: temp dir, record."""
