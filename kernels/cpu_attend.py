@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from ..core.stage import LayerPolicy
+from .cpu_compile import compiled
 from .cpu_ir import LANES
 from .cpu_pages import (
     KEY,
-    OPTIONS,
     VALUE,
     address,
     angle_table,
@@ -128,7 +127,7 @@ def _tables(
     )
 
 
-@njit(**OPTIONS)
+@compiled
 def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, sin, book, keys,
             values, logits, spans):  # fmt: skip
     n_kv_heads = tiles.shape[0]
@@ -152,7 +151,7 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, s
             one_query(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
 
 
-@njit(**OPTIONS)
+@compiled
 def _gather(s, head, n_kv_heads, size, table, runs, key_starts, cos, sin, book, keys, values,
             spans):  # fmt: skip
     """Rotated keys, values, and the range of queries [spans[i, 0], spans[i, 1]) that see key i.

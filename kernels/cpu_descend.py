@@ -11,13 +11,12 @@ of the group, whether to score every token. book, cos, sin: addresses (see `cpu_
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .cpu_compile import compiled
 from .cpu_ir import LANES
 from .cpu_memory import prefetch
 from .cpu_pages import (
     KEY,
-    OPTIONS,
     address,
     bytes_of_row,
     is_float32,
@@ -36,7 +35,7 @@ NEAR_BYTES = 4096
 RAW, PER_CHUNK, PER_TOKEN = 0, 1, 2
 
 
-@njit(**OPTIONS)
+@compiled
 def call_near(kv_head, starts, chunk, end, book):
     """Prefetch small chunks: the descent's next address depends on its last score."""
     row_bytes = bytes_of_row(book)
@@ -50,7 +49,7 @@ def call_near(kv_head, starts, chunk, end, book):
                     prefetch(src + line)
 
 
-@njit(**OPTIONS)
+@compiled
 def _key_row(token, start, position, dst, kv_head, keys, cos, sin, book):
     """Address of a key as float32: in its page where it can be read as it is, else dst. 0 = absent."""
     src = page_address(token, KEY, kv_head, book)
@@ -64,7 +63,7 @@ def _key_row(token, start, position, dst, kv_head, keys, cos, sin, book):
     return dst
 
 
-@njit(**OPTIONS)
+@compiled
 def descend(state, head, kv_head, starts, base, scores, queries, cos, sin, settings, book, floats,
             rows, ints):  # fmt: skip
     """Many queries of one head: 6 chunks at a time go down level by level; fills scores[head]."""
@@ -136,7 +135,7 @@ def descend(state, head, kv_head, starts, base, scores, queries, cos, sin, setti
         scores[head, c] = best[c]
 
 
-@njit(**OPTIONS)
+@compiled
 def every_token(state, kv_head, starts, base, scores, queries, cos, sin, settings, book, rows,
                 table):  # fmt: skip
     """One query per head: score every token of a small chunk in one sweep, then descend on scores.
@@ -188,7 +187,7 @@ def every_token(state, kv_head, starts, base, scores, queries, cos, sin, setting
             scores[kv_head * group + g, c] = _walk(table, size, g, n_rows - group + g, paper)
 
 
-@njit(**OPTIONS)
+@compiled
 def _walk(table, size, left, right, paper):
     """The descent on scores: columns `left` and `right` of table hold those of the two sides."""
     a, z, best = 0, size, np.float32(-np.inf)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
-from .cpu_pages import OPTIONS, address
+from .cpu_compile import compiled
+from .cpu_pages import address
 from .cpu_pool import POOL
 from .cpu_tiles import dots_1x1, dots_2x2, take_ticket
 
@@ -36,7 +36,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         POOL.run(_worker, arguments, n_tasks)
 
 
-@njit(**OPTIONS)
+@compiled
 def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):
     while True:
         task = take_ticket(address(state))
@@ -46,7 +46,7 @@ def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):
         _rows(x, w, bias, has_bias, out, per_task, first, min(first + per_task, w.shape[0]))
 
 
-@njit(**OPTIONS)
+@compiled
 def _rows(x, w, bias, has_bias, out, per_task, first, last):
     """Outputs [first, last) of all rows; a weight row is read once for up to 8 rows of x."""
     n_rows, n_in = x.shape

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
-from .cpu_pages import OPTIONS, address
+from .cpu_compile import compiled
+from .cpu_pages import address
 from .cpu_pool import POOL
 from .cpu_tiles import take_ticket
 
@@ -35,7 +35,7 @@ def merge(o: Tensor, lse: Tensor, out: Tensor, out_lse: Tensor) -> None:
         POOL.run(_merge_worker, arguments, n_tasks)
 
 
-@njit(**OPTIONS)
+@compiled
 def _merge_worker(state, n_tasks, o, lse, out, out_lse):
     while True:
         task = take_ticket(address(state))
@@ -45,7 +45,7 @@ def _merge_worker(state, n_tasks, o, lse, out, out_lse):
         _merge_rows(o, lse, out, out_lse, first, min(first + ROWS_PER_TASK, o.shape[1]))
 
 
-@njit(**OPTIONS)
+@compiled
 def _merge_rows(o, lse, out, out_lse, first, last):
     n_segments, _, head_dim = o.shape
     for r in range(first, last):

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
+from .cpu_compile import compiled
 from .cpu_memory import (
     load_bfloat16,
     load_float16,
@@ -27,13 +26,6 @@ from .rope import TABLE_LIMIT, Rope
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KEY, VALUE = 0, 1
-
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-}
 
 
 # columns of Pages.book
@@ -87,13 +79,13 @@ def angle_table(rope: Rope, n_positions: int) -> tuple[np.ndarray, np.ndarray] |
     return cos.numpy(), sin.numpy()
 
 
-@njit(**OPTIONS)
+@compiled
 def address(array):
     """Where an array begins. Signed: numba makes a float of an unsigned plus a signed integer."""
     return np.int64(array.ctypes.data)
 
 
-@njit(**OPTIONS)
+@compiled
 def page_address(token, side, kv_head, book):
     """Address of one stored row; 0 if its page is absent. book: address of Pages.book."""
     page_tokens = peek(book, _PAGE_TOKENS)
@@ -107,28 +99,28 @@ def page_address(token, side, kv_head, book):
     return base + slot * peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
 
 
-@njit(**OPTIONS)
+@compiled
 def bytes_of_row(book):
     return peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
 
 
-@njit(**OPTIONS)
+@compiled
 def value_offset(book):
     """Bytes from a stored key to its value."""
     return peek(book, _PAGE_TOKENS) * bytes_of_row(book)
 
 
-@njit(**OPTIONS)
+@compiled
 def is_float32(book):
     return peek(book, _KIND) == 0
 
 
-@njit(**OPTIONS)
+@compiled
 def n_tokens_of(book):
     return peek(book, _N_TOKENS)
 
 
-@njit(**OPTIONS)
+@compiled
 def load_row(dst, src, book):
     kind, n = peek(book, _KIND), peek(book, _HEAD_DIM)
     if kind == 0:
@@ -139,7 +131,7 @@ def load_row(dst, src, book):
         load_bfloat16(dst, src, n)
 
 
-@njit(**OPTIONS)
+@compiled
 def load_rotated(dst, src, book, cos, sin, position):
     """cos, sin: addresses of the angle table, whose rows are D / 2 floats."""
     kind, half = peek(book, _KIND), peek(book, _HEAD_DIM) // 2
@@ -152,6 +144,6 @@ def load_rotated(dst, src, book, cos, sin, position):
         rotate_bfloat16(dst, src, half, cos + offset, sin + offset)
 
 
-@njit(**OPTIONS)
+@compiled
 def zero_row(dst, book):
     zero_float32(dst, peek(book, _HEAD_DIM))

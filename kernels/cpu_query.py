@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
+from .cpu_compile import compiled
 from .cpu_ir import LANES
-from .cpu_pages import OPTIONS
 
 
 def query_tiles(
@@ -45,7 +44,7 @@ def query_tiles(
     return tiles
 
 
-@njit(**OPTIONS)
+@compiled
 def _fill(
     q: Any, positions: Any, cos: Any, sin: Any, stride: int, scale: Any, tiles: Any, repeat: bool
 ) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from ..core.stage import Stage
+from .cpu_compile import compiled
 from .cpu_descend import PER_CHUNK, PER_TOKEN, RAW, TILE, call_near, descend, every_token
 from .cpu_ir import LANES
-from .cpu_pages import OPTIONS, address, angle_table, as_pages
+from .cpu_pages import address, angle_table, as_pages
 from .cpu_pool import POOL
 from .cpu_query import query_tiles
 from .cpu_tiles import ROWS, take_ticket
@@ -85,7 +85,7 @@ def search_scores(
     return scores
 
 
-@njit(**OPTIONS)
+@compiled
 def _worker(state, n_tasks, scores, starts, base, queries, cos, sin, settings, book, floats, rows,
             table, ints):  # fmt: skip
     n_heads, n_chunks = scores.shape

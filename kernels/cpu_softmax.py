@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cpu_compile import compiled
 from .cpu_ir import LANES
-from .cpu_pages import OPTIONS, address
+from .cpu_pages import address
 from .cpu_tiles import (
     ROWS,
     dots_1x1,
@@ -36,7 +36,7 @@ COLUMNS = 3 * LANES
 """Query rows of one pass over a segment: 3 vectors, 8 register tiles."""
 
 
-@njit(**OPTIONS)
+@compiled
 def many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):
     """A block of queries: logits [key, row] with rows in the lanes, so softmax needs no shuffles."""
     n_queries = size[1]
@@ -98,7 +98,7 @@ def many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spa
             i += 6 if left >= ROWS else 4 if left >= 4 else 2 if left >= 2 else 1
 
 
-@njit(**OPTIONS)
+@compiled
 def _finish(logits, after, c, lse, row):
     """From base-2 maximum and sum of column c: log-sum-exp (base e) and 1 / sum."""
     top = logits[after + c]
@@ -112,7 +112,7 @@ def _finish(logits, after, c, lse, row):
         logits[after + 2 * COLUMNS + c] = 0.0 if total == 0.0 else np.nan
 
 
-@njit(**OPTIONS)
+@compiled
 def one_query(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):
     """One query: logits [head of the group, key] with keys in the lanes."""
     n_group, head_dim = tiles.shape[1], tiles.shape[2]
