@@ -15,6 +15,7 @@ import numpy as np
 from ..core.config import Config
 from ..core.errors import InvalidInput, StaleEpoch
 from ..core.page_key import PageKey
+from ..kernels.ops import warm_up
 from ..kvstore.page_client import PageClient
 from ..kvstore.transport import Reply
 from .engine import Engine
@@ -52,6 +53,8 @@ class DecodeService:
         self._started_s = time.monotonic()
         self._totals: dict[str, float] = {}
         use_threads(config.model.n_threads)
+        _log.warning("compiling kernels, if this is their first run here (up to a minute)")
+        _log.warning("kernels are ready after %.1f s", warm_up())
         directory = model_dir(config.model)
         model = ModelAdapter(directory)
         geometry = model_geometry(config)
@@ -167,12 +170,10 @@ class DecodeService:
         return Reply({"held": held})
 
     def _do_stores(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
+        """Where stores and retrievers are now: one died, came back or joined."""
         self._client.update_stores({str(k): str(v) for k, v in header["addresses"].items()})
-        return Reply({})
-
-    def _do_retrievers(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
-        addresses = {str(k): str(v) for k, v in header["addresses"].items()}
-        act = functools.partial(self._engine.index.update_retrievers, addresses)
+        retrievers = {str(k): str(v) for k, v in header.get("retrievers", {}).items()}
+        act = functools.partial(self._engine.index.update_retrievers, retrievers)
         self._loop.run(act, self._config.store.timeout_s)
         return Reply({})
 
