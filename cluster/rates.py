@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ..core.config import Config
@@ -11,7 +13,7 @@ from .plan import Rates
 
 PREFILL_EFFICIENCY = 0.35
 """Share of a large matrix product's speed that prefill reaches, selection and attention included."""
-DECODE_BYTES_SHARE = 0.35
+DECODE_BYTES_SHARE = 0.25
 """Share of memory bandwidth that a decode step reaches, selection and attention included."""
 _PROBE_S = 0.3
 _PROBE_SIZE = 1024
@@ -29,7 +31,7 @@ def estimate_rates(config: Config, n_context_tokens: int) -> Rates:
     policies = policies_of(config, model.num_hidden_layers)
     n_weights = linear_weights(model)
     flops = 2 * n_weights + attention_flops(model, policies, n_context_tokens)
-    flops_per_s, bytes_per_s = _probe()
+    flops_per_s, bytes_per_s = _probe(config.model.n_threads or os.cpu_count() or 1)
     return Rates(
         prefill_tokens_per_s=PREFILL_EFFICIENCY * flops_per_s / flops,
         decode_tokens_per_s=DECODE_BYTES_SHARE * bytes_per_s / (4 * n_weights),
@@ -58,19 +60,28 @@ def attention_flops(model: Any, policies: tuple[LayerPolicy, ...], n_context_tok
     return int(4 * n_keys * model.num_attention_heads * head_dim)
 
 
-def _probe() -> tuple[float, float]:
-    """(FLOP/s of a matrix product, bytes/s read from memory) of this machine, all cores."""
+def _probe(n_cores: int) -> tuple[float, float]:
+    """(FLOP/s of a matrix product, bytes/s read from memory) of this many cores."""
     import torch
 
-    a = torch.rand(_PROBE_SIZE, _PROBE_SIZE)
-    n, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < _PROBE_S:
-        torch.mm(a, a)
-        n += 1
-    flops_per_s = n * 2 * _PROBE_SIZE**3 / elapsed
-    block = torch.rand(1 << 24)  # 64 MiB: larger than caches
-    n, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < _PROBE_S:
-        block.sum()
-        n += 1
-    return flops_per_s, n * block.nbytes / elapsed
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.rand(_PROBE_SIZE, _PROBE_SIZE)
+        block = torch.rand(1 << 24)  # 64 MiB: larger than caches
+        flops_per_s = 2 * _PROBE_SIZE**3 / _fastest_s(lambda: torch.mm(a, a))
+        bytes_per_s = block.nbytes / _fastest_s(lambda: block.sum())
+    finally:
+        torch.set_num_threads(n_threads)
+    return n_cores * flops_per_s, n_cores * bytes_per_s
+
+
+def _fastest_s(action: Callable[[], object]) -> float:
+    """CPU seconds of the fastest of many runs of one thread: other work on the machine makes runs
+    slower only, and does not count while it has the core."""
+    fastest, end = float("inf"), time.perf_counter() + _PROBE_S
+    while time.perf_counter() < end or fastest == float("inf"):
+        started = time.thread_time()
+        action()
+        fastest = min(fastest, time.thread_time() - started)
+    return fastest

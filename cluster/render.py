@@ -170,10 +170,14 @@ class _Plain:
 
 
 def _rates(update: jobs_pb2.JobUpdate) -> str:
+    prefilled, decoded = human_count(update.prefilled_tokens), human_count(update.decoded_tokens)
+    if update.job.ended_s:
+        took = human_seconds(update.job.ended_s - (update.job.started_s or update.job.created_s))
+        return f"prefilled {prefilled} tokens, decoded {decoded}, took {took}"
     return (
-        f"prefilled {human_count(update.prefilled_tokens)} tokens "
-        f"({update.prefill_tokens_per_s:.0f}/s), decoded {human_count(update.decoded_tokens)} "
-        f"({update.decode_tokens_per_s:.1f}/s), ETA {human_seconds(update.eta_s)}"
+        f"prefilled {prefilled} tokens ({update.prefill_tokens_per_s:.0f}/s), "
+        f"decoded {decoded} ({update.decode_tokens_per_s:.1f}/s), "
+        f"ETA {human_seconds(update.eta_s)}"
     )
 
 

@@ -76,7 +76,7 @@ def test_life_of_a_batch(run: Callable[..., Result], batch: Path, tmp_path: Path
     watched = run("watch", job_id, "--interval-s", "0.1")
     assert watched.exit_code == 0
     assert f"{job_id} completed: 2/2 rows" in watched.stdout
-    assert "ETA" in watched.stdout
+    assert "took" in watched.stdout.splitlines()[-1]
 
     output = tmp_path / "out.jsonl"
     assert run("results", job_id, "-o", output).exit_code == 0
@@ -294,3 +294,23 @@ def test_second_serve_is_refused(serve: Callable[..., Child], tmp_path: Path) ->
     )
     assert_fails(refused, "ALREADY_SERVING")
     assert port in refused.stderr
+
+
+@pytest.mark.slow
+def test_plan_works_without_a_gateway(tmp_path: Path) -> None:
+    document = tmp_path / "document.txt"
+    document.write_text("The harbour was quiet. " * 200)
+    rows = [{"custom_id": n, "context_uri": str(document), "question": n} for n in ("a", "b")]
+    rows.append({"custom_id": "none", "context": " ", "question": "q"})
+    path = tmp_path / "batch.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    planned = invoke("plan", path, "--prefill-rate", "100", "--decode-rate", "10")
+    assert planned.exit_code == 1  # a row was refused
+    assert "2 can run, 1 refused" in planned.stdout
+    assert re.search(r"refused: line 3 \(none\): EMPTY_CONTEXT: [^\n]+", planned.stderr)
+    tokens = re.search(r"([\d,]+), of which ([\d,]+) are shared", " ".join(planned.stdout.split()))
+    assert tokens is not None
+    total, shared = (int(text.replace(",", "")) for text in tokens.groups())
+    assert 1900 < total < 3000
+    assert 0.4 * total < shared < 0.5 * total  # the second row computes its question only
+    assert_fails(invoke("plan", tmp_path / "absent.jsonl"), "UNREADABLE_URI")
