@@ -118,7 +118,7 @@ class Session:
         """Counters of a running row; empty if it ended in this very step."""
         for row in self._engine.rows:
             if row.row_id == row_id:
-                return row.stats.to_dict()
+                return dict(row.stats.to_dict())
         return {}
 
     def _progress(self, elapsed_s: float) -> str:
@@ -190,7 +190,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--config", default=str(ROOT / "configs" / "dev.yaml"))
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    made.add_argument("--quick", action="store_true", help="short texts, preset scaled down")
+    made.add_argument(
+        "--quick", action="store_true", help="a trial: short texts, preset scaled down"
+    )
     made.add_argument("--skip-dense", action="store_true", help="without Hugging Face dense")
     made.add_argument("--tokens", type=int, help="length of the texts")
     made.add_argument("--out", type=Path, help="default: benchmarks/results; quick runs: out/")

@@ -248,6 +248,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "wanted": WANTED,
         "sparse": sparse,
     }
+    # dense attention takes as long again: what is measured is kept before it starts
+    write_result(path, result)
     if not arguments.skip_dense:
         out.print("  dense attention, first question")
         dense = measure_dense(config, builder, prompts[0], n_steps)
