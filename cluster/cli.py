@@ -19,6 +19,7 @@ from .cli_serve import serve
 # transformers and Ray print advice for other people at import; set before either is loaded
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 app = typer.Typer(

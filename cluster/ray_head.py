@@ -136,7 +136,13 @@ class RayHead:
             raise FailedPrecondition(f"{self.temp_dir} belongs to another user; remove it")
         (self.temp_dir / "ray_current_cluster").unlink(missing_ok=True)
         # the mark is inherited by all of Ray's processes and tells them from strangers later
-        command = ["env", self._mark, *(f"{k}={v}" for k, v in auth_environment().items())]
+        # spinning OpenMP threads starve the others of a busy machine (measured: 10 times slower)
+        command = [
+            "env",
+            self._mark,
+            "OMP_WAIT_POLICY=passive",
+            *(f"{k}={v}" for k, v in auth_environment().items()),
+        ]
         command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0"]
         command += [
             f"--temp-dir={self.temp_dir}",

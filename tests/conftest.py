@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# read by OpenMP when torch is imported: spinning threads starve the tests' other processes
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -232,7 +232,9 @@ class Engine:
             row.stats.pages_recomputed -= row.n_existing_pages
         else:
             n_before = min(row.request.n_prefilled, row.n_prompt) // page_tokens
-            row.stats.pages_recomputed = max(0, n_before - row.n_existing_pages)
+            row.stats.pages_recomputed = max(
+                n_before - row.n_existing_pages, row.n_unreadable_pages, 0
+            )
         row.n_done = prefill_start(row.n_prompt, reused)
         row.stats.tokens_reused = row.n_done
         row.stats.pages_context = len(row.keys)

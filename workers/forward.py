@@ -19,6 +19,7 @@ from ..kernels.ops import (
     merge_partials,
     plan_attend,
     select_blocks,
+    touched_pages,
 )
 from .page_flow import PageFlow
 from .row import Row
@@ -49,17 +50,43 @@ class LayerAttention:
         q_start: int,
         previous: Selection | None = None,
         level: int = 0,
+        check: bool = True,
     ) -> Selection | None:
-        """q [H, Tq, D] at absolute positions q_start …; None for a dense policy."""
+        """q [H, Tq, D] at absolute positions q_start …; None for a dense policy.
+
+        Without `check` the caller sees to `mend` before it keeps anything of what follows.
+        """
         policy = self.policies[layer]
         if policy.dense:
             return None
         started = time.monotonic()
-        view = self.flow.selection_view(layer, row, q_start + q.shape[1])
-        ready = self._index.select_arguments(layer, row, q, q_start, view, level)
-        selection = select_blocks(q, q_start, view, policy, self.rope, previous, level, **ready)
+        while True:
+            view = self.flow.selection_view(layer, row, q_start + q.shape[1])
+            ready = self._index.select_arguments(layer, row, q, q_start, view, level)
+            selection = select_blocks(q, q_start, view, policy, self.rope, previous, level, **ready)
+            if not check or not self.mend(layer, row, previous, level):
+                break
         row.stats.seconds_select += time.monotonic() - started
         return selection
+
+    def mend(self, layer: int, row: Row, previous: Selection | None = None, level: int = 0) -> bool:
+        """Check what the stages from `level` on have read in place; True if it must be read again.
+
+        Attention copies what it reads into the bank and checks the copy; selection does not.
+        """
+        policy = self.policies[layer]
+        if policy.dense or level == len(policy.stages):
+            return False
+        pages: list[int] | None = None
+        if previous is not None and level and (starts := previous.inputs[level]) is not None:
+            starts = starts[starts >= 0]
+            ends = starts + (policy.stages[level - 1].chunk - 1)
+            touched = torch.cat([starts, ends]) // self.flow.geometry.page_tokens
+            pages = torch.unique(touched.clamp(max=len(row.page_ids) - 1)).tolist()
+        if not self.flow.mend_in_place(layer, row, pages):
+            return False
+        self._index.close(row)  # its summaries may have been made of bad bytes
+        return True
 
     def segments(
         self, layer: int, q_start: int, n_queries: int, selection: Selection | None
@@ -124,23 +151,10 @@ class LayerAttention:
 
     def _leaves(self, row: Row, segments: Sequence[Segment]) -> np.ndarray:
         """Distinct leaf numbers that segments touch, ascending."""
-        geometry = self.flow.geometry
+        n_kv_heads = self.flow.geometry.n_kv_heads
         page_ids = np.asarray(row.page_ids, dtype=np.int64)
-        heads = np.arange(geometry.n_kv_heads, dtype=np.int64)[:, None]
-        touched = np.zeros((geometry.n_kv_heads, len(page_ids)), dtype=bool)
-        for segment in segments:
-            starts = segment.starts.numpy()
-            live = starts >= 0
-            for token in (starts, starts + (segment.block_tokens - 1)):
-                # the last run may reach beyond the newest page; nothing is there to fetch
-                pages = np.minimum(token // geometry.page_tokens, len(page_ids) - 1)
-                if starts.ndim == 1:
-                    touched[:, pages[live]] = True
-                else:
-                    head_of = np.broadcast_to(heads, starts.shape)
-                    touched[head_of[live], pages[live]] = True
-        head, page = np.nonzero(touched)
-        return np.sort(page_ids[page] * geometry.n_kv_heads + head)  # type: ignore[no-any-return]
+        head, page = np.nonzero(touched_pages(segments, n_kv_heads, len(page_ids)))
+        return np.sort(page_ids[page] * n_kv_heads + head)
 
 
 class PrefillStep:
@@ -158,16 +172,24 @@ class PrefillStep:
         attention, row = self._attention, self._row
         attention.flow.append(layer, row, self._start, k, v)
         out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [T, H, D]
+        while True:
+            self._blocks(layer, q, out, scale)
+            # once for all blocks of the chunk: a check costs as much as reading every key
+            if not attention.mend(layer, row):
+                break
+        self.seconds += time.monotonic() - started
+        return out
+
+    def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
+        attention, row = self._attention, self._row
         for first in range(self._start, self._end, QUERY_BLOCK):
             last = min(first + QUERY_BLOCK, self._end)
             at = slice(first - self._start, last - self._start)
             block = q[:, at].contiguous()
-            selection = attention.select(layer, row, block, first)
+            selection = attention.select(layer, row, block, first, check=False)
             segments = attention.segments(layer, first, last - first, selection)
             merged = attention.attend(layer, row, block, first, segments, scale)
             out[at] = merged.transpose(0, 1)
-        self.seconds += time.monotonic() - started
-        return out
 
 
 class DecodeStep:

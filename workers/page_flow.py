@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from ..core.errors import BankTooSmall, DeadlineExceeded
@@ -83,6 +84,7 @@ class PageFlow:
         then the row holds nothing and should wait for it.
         """
         keys = row.keys
+        row.n_unreadable_pages = 0
         n_here = 0
         while n_here < len(keys):
             page_id = self.pages.page_of_key.get(keys[n_here])
@@ -117,6 +119,7 @@ class PageFlow:
         handles = self._client.acquire(keys[:n_held], row.lease)
         # a page behind a missing one is of no use: its prefix must be computed first
         n_good = handles.index(None) if None in handles else len(handles)
+        row.n_unreadable_pages = n_held - n_good
         if not n_good:
             self._client.release(row.lease)
         return [(h.key, h) for h in handles[:n_good] if h is not None]
@@ -339,6 +342,41 @@ class PageFlow:
         if home.max(initial=-1) >= 0:
             self._memory(int(home.max()))
         return self._view(layer, np.broadcast_to(memory, rows.shape), rows, n_tokens)
+
+    def mend_in_place(
+        self, layer: int, row: Row, page_indexes: Sequence[int] | None = None
+    ) -> bool:
+        """Check pages (all by default) that were just read in place. Bytes that were wrong when they
+        were read are wrong still, so a check after use misses nothing, whoever flipped them.
+
+        True if a copy was bad and a good one took its place: what was made of the former must be
+        made again. Raises PageLost if there is no good copy.
+        """
+        if self._client is None:
+            return False
+        mended = False
+        page_ids = row.page_ids if page_indexes is None else [row.page_ids[i] for i in page_indexes]
+        for page_id in page_ids:
+            handle = self.pages.handles[page_id]
+            while handle is not None and not self._intact_in_place(layer, handle):
+                mended = True
+                handle = self._client.report_corrupt(handle)
+                if handle is None:
+                    raise PageLost(page_id)
+                self.pages.set_home(page_id, handle)
+        return mended
+
+    def _intact_in_place(self, layer: int, handle: PageHandle) -> bool:
+        assert self._client is not None
+        n_bytes, n_heads = self.geometry.leaf_nbytes, self.geometry.n_kv_heads
+        memory = self._client.memories[handle.memory]
+        first = layer * n_heads
+        at = (handle.first_leaf_row + first) * n_bytes
+        for leaf, checksum in enumerate(handle.checksums[first : first + n_heads].tolist()):
+            start = at + leaf * n_bytes
+            if xxhash.xxh3_64_intdigest(memory[start : start + n_bytes]) != checksum:
+                return False
+        return True
 
     def bank_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
         """The row's pages as far as they are in the bank (-1 where absent)."""

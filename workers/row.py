@@ -89,6 +89,8 @@ class Row:
     page_ids: list[int] = field(default_factory=list)
     n_existing_pages: int = 0
     """Leading pages whose KV existed when the row was opened: never written again."""
+    n_unreadable_pages: int = 0
+    """Pages that a store said it holds, of which no good copy came."""
     n_done: int = 0
     """Tokens whose KV is in place."""
     tokens: list[int] = field(default_factory=list)
