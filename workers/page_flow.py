@@ -229,7 +229,7 @@ class PageFlow:
         leaves = pages[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
         slots = self.residency[layer].slots_of(leaves)
         offsets = np.broadcast_to(positions % page_tokens, slots.shape)
-        self.bank.write(layer, slots, np.ascontiguousarray(offsets), k[:, skip:], v[:, skip:])
+        self.bank.write(layer, slots, np.array(offsets), k[:, skip:], v[:, skip:])
 
     def complete(self, row: Row, start: int, end: int) -> None:
         """Pages that filled up with tokens start … end in all layers go to the store, behind us."""
