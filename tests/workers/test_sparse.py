@@ -76,8 +76,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], list[bytes
     seen: dict[tuple[int, ...], list[bytes]] = {}
     select = forward.LayerAttention.select
 
-    def spy(self: Any, layer: int, row: Any, q: Any, q_start: int, *rest: Any) -> Any:
-        selection = select(self, layer, row, q, q_start, *rest)
+    def spy(self: Any, layer: int, row: Any, q: Any, q_start: int, *rest: Any, **more: Any) -> Any:
+        selection = select(self, layer, row, q, q_start, *rest, **more)
         name = (hash(row.request.prompt.tobytes()), layer, q_start)
         if selection is not None:
             seen.setdefault(name, []).append(selection.blocks.numpy().tobytes())
