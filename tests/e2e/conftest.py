@@ -86,9 +86,7 @@ def arenas() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def config_file(
-    model_dir: Path, arenas: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def config_file(model_dir: Path, arenas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("e2e-config") / "tiny.yaml"
     path.write_text(CONFIG.format(model=model_dir, arenas=arenas))
     return path

@@ -17,7 +17,9 @@ from typing import Any
 
 from longreach.cluster.client import Client
 from longreach.cluster.proto import inference_pb2, jobs_pb2
-from longreach.core.errors import DeadlineExceeded, Unavailable
+from longreach.core.errors import DeadlineExceeded, NotFound, Unavailable
+from longreach.core.page_key import PageKey
+from longreach.kvstore.transport import connect
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "LONGREACH_E2E"
@@ -25,7 +27,7 @@ MARK = "LONGREACH_E2E"
 START_S = 120.0
 BATCH_S = 100.0
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "harbour lantern keeper storm ledger salt granite signal winter barrel compass orchard "
     "ferry bishop copper meadow thunder violin candle parliament river glacier engine falcon "
     "letter marble needle ocean pepper quarry ribbon silver timber umbrella valley window "
@@ -191,6 +193,20 @@ class Serve:
             if reached(update):
                 return update
         raise AssertionError("the watch ended")
+
+
+def flip(address: str, keys: Sequence[PageKey], n_leaves: int, byte: int) -> int:
+    """Flip one byte of every leaf of the pages that a store holds; how many pages."""
+    channel, n_pages = connect(address), 0
+    for key in keys:
+        try:
+            for leaf in range(n_leaves):
+                channel.call("corrupt", {"key": key, "leaf": leaf, "byte": byte}, timeout_s=5)
+            n_pages += 1
+        except NotFound:
+            continue
+    channel.close()
+    return n_pages
 
 
 def token_ids(events: Iterator[inference_pb2.GenerateResponse]) -> list[int]:

@@ -8,22 +8,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longreach.cluster.processes import process_alive
 from longreach.cluster.proto import jobs_pb2
-from longreach.core.errors import Unavailable
+from longreach.core.config import Config
+from longreach.core.errors import NotFound, Unavailable
+from longreach.workers.prompt import PromptBuilder
 
-from .serving import Batch, Serve, rows_of
+from .serving import Batch, Serve, flip, rows_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-WORDS = (900, 1200, 1700)
-N_ROWS = 6
-N_TOKENS = 120
+WORDS = (900, 1500)
+N_ROWS = 4
+N_TOKENS = 96
 PAGE_TOKENS = 64
 
 
@@ -40,17 +41,19 @@ def cluster(new_serve: Callable[..., Serve]) -> Iterator[Serve]:
         made.stop()
 
 
-both_wirings = pytest.mark.parametrize("wiring", ["local", pytest.param("cluster", marks=pytest.mark.ray)])
+both_wirings = pytest.mark.parametrize(
+    "wiring", ["local", pytest.param("cluster", marks=pytest.mark.ray)]
+)
 
 
 def decoding(update: jobs_pb2.JobUpdate) -> bool:
     """Every row has made some tokens and none is done."""
-    return len(update.active) == N_ROWS and all(row.decoded > 8 for row in update.active)
+    return len(update.active) == N_ROWS and all(row.decoded > 4 for row in update.active)
 
 
 def prefilling(update: jobs_pb2.JobUpdate) -> bool:
-    """The second context is half computed."""
-    return any(row.prefilled > 1000 and row.phase == "prefill" for row in update.active)
+    """A context is half computed."""
+    return any(400 < row.prefilled < row.total - 400 for row in update.active)
 
 
 def struck(
@@ -104,7 +107,7 @@ def test_gateway_killed(request: pytest.FixtureRequest, wiring: str, inprocess: 
     assert_undisturbed(batch, rows, inprocess)
     assert serve.client.stats().epoch == epoch + 1
     # answers went on from the journal's tokens; prompts came from the stores where they live on
-    assert batch.total("tokens_replayed") > 8 * N_ROWS
+    assert batch.total("tokens_replayed") > 4 * N_ROWS
     if wiring == "cluster":
         assert [int(part.numbers["pid"]) for part in serve.client.stats().parts] == pids
         assert batch.total("pages_recomputed") == 0
@@ -129,10 +132,10 @@ def test_worker_killed(cluster: Serve, inprocess: Serve, seed: int, reached: Any
     total = batch.total("tokens_prompt")
     if reached is decoding:
         assert batch.total("tokens_reused") > total - N_ROWS * 2 * PAGE_TOKENS
-        assert batch.total("tokens_replayed") > 8 * N_ROWS
-    assert batch.total("tokens_reused") > 1000
+        assert batch.total("tokens_replayed") > 4 * N_ROWS
+    assert batch.total("tokens_reused") > 400
     # what had not, was: at most the pages under way when it died
-    assert batch.total("pages_recomputed") <= 3 * 8
+    assert batch.total("pages_recomputed") <= 2 * 8
 
 
 @pytest.mark.ray
@@ -161,34 +164,63 @@ def test_worker_and_all_stores_killed_at_once(cluster: Serve, inprocess: Serve) 
     assert_undisturbed(batch, rows, inprocess)
     # every context once, whichever of its rows came first
     contexts = sorted(s["tokens_prompt"] // PAGE_TOKENS for s in batch.stats.values())[::2]
-    assert sum(contexts) - 6 <= batch.total("pages_recomputed") <= sum(contexts) + N_ROWS
+    assert sum(contexts) - N_ROWS <= batch.total("pages_recomputed") <= sum(contexts) + N_ROWS
+
+
+@pytest.mark.ray
+def test_bits_flipped_in_a_store_while_rows_decode(
+    cluster: Serve, inprocess: Serve, config: Config
+) -> None:
+    rows = rows_of(18, N_ROWS, N_TOKENS, WORDS)
+    prompts = PromptBuilder.from_config(config)
+    built = [prompts.build(row["context"], row["question"]) for row in rows[: len(WORDS)]]
+    keys = [key for prompt in built for key in prompts.page_keys(prompt)]
+    address = cluster.part_address("store-0")
+    before = cluster.part("worker-0")
+    flipped = []
+    batch = struck(cluster, rows, decoding, lambda: flipped.append(flip(address, keys, 6, 3)))
+    assert_undisturbed(batch, rows, inprocess)
+    assert flipped[0] > len(keys) // 2  # some are found out and dropped meanwhile
+    after = cluster.part("worker-0")
+    assert after["store_corrupt_detected"] > before["store_corrupt_detected"]
+    assert after["store_replica_reads"] > before["store_replica_reads"]
+    assert batch.total("restarts") == 0
 
 
 @both_wirings
-def test_sigterm_drains_and_the_next_start_continues(
-    request: pytest.FixtureRequest, wiring: str, inprocess: Serve, arenas: Path
-) -> None:
-    """More rows than run at once: those that run are finished, the others wait in the journal."""
+def test_sigterm_drains(request: pytest.FixtureRequest, wiring: str, inprocess: Serve) -> None:
+    """Rows that run are finished, the others wait in the journal; nothing is left running."""
     serve: Serve = request.getfixturevalue(wiring)
-    rows = rows_of(18, 20, N_TOKENS, (200, 300))
+    rows = rows_of(19, 18, N_TOKENS, (200,))
     job_id = serve.submit(rows)
-    serve.updates_until(job_id, lambda update: update.decoded_tokens > 100)
+    serve.updates_until(job_id, lambda update: update.decoded_tokens > 40)
     pids = [int(part.numbers["pid"]) for part in serve.client.stats().parts]
     assert serve.process is not None
-    gateway = serve.process.pid
-    os.kill(gateway, signal.SIGTERM)
-    with pytest.raises(Unavailable):  # Draining is one
-        for _ in range(100):
-            serve.client.submit(b"{}")
-            time.sleep(0.05)
+    os.kill(serve.process.pid, signal.SIGTERM)
+    assert refused_at_last(serve)
     assert serve.process.wait(60) == 0
     serve.process = None
     assert not [pid for pid in pids if pid and process_alive(pid)]
     assert not (serve.state_dir / "gateway.json").exists()
     assert not (serve.state_dir / "cluster.json").exists()
-    serve.start("--port", serve.address.rpartition(":")[2])
-    done = serve.client.get(job_id).rows.done
-    batch = serve.finish(job_id)
-    assert_undisturbed(batch, rows, inprocess)
-    assert 0 < done < len(rows)
-    assert serve.stop() == 0
+    if wiring == "local":  # the next start continues
+        serve.start("--port", serve.address.rpartition(":")[2])
+        done = serve.client.get(job_id).rows.done
+        assert_undisturbed(serve.finish(job_id), rows, inprocess)
+        assert 0 < done < len(rows)
+        assert serve.stop() == 0
+
+
+def refused_at_last(serve: Serve) -> bool:
+    for _ in range(100):
+        try:
+            serve.client.get("job-none")
+        except NotFound:
+            time.sleep(0.05)
+        except Unavailable:
+            return True
+        try:
+            serve.submit(rows_of(20, 1, 1, (5,)))
+        except Unavailable:  # Draining is one
+            return True
+    return False
