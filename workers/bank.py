@@ -8,6 +8,7 @@ import xxhash
 from torch import Tensor
 
 from ..kvstore.page import PageGeometry
+from .memory import huge_zeros
 
 TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -23,7 +24,7 @@ class Bank:
         self.n_slots = device_pages * geometry.n_kv_heads
         shape = (geometry.n_layers, self.n_slots, 2, geometry.page_tokens, geometry.head_dim)
         # zeros: untouched slots must never hold NaN that a masked product could spread
-        self.tensor = torch.zeros(shape, dtype=TORCH_DTYPE[geometry.kv_dtype])
+        self.tensor = huge_zeros(shape, TORCH_DTYPE[geometry.kv_dtype])
         self.layers: tuple[Tensor, ...] = tuple(self.tensor.unbind(0))
         self._bytes = (
             self.tensor.view(torch.uint8)

@@ -6,6 +6,7 @@ scaling are read first. Attention is registered through AttentionInterface (DESI
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModel
 from ..kernels.ops import Rope, linear_rows
+from .memory import huge_zeros
 from .model_source import head_dim_of, load_model_config
 
 _ATTENTION_NAME = "longreach"
@@ -56,13 +58,22 @@ class RowLinear(nn.Module):
     """A linear layer whose result for a row does not depend on the other rows.
 
     Decode (few rows) runs our own kernel; prefill runs a library GEMM padded to a row count from
-    which its bits no longer change.
+    which its bits no longer change. Several layers that read the same input are one product.
     """
 
-    def __init__(self, source: nn.Linear, mode: dict[str, bool]) -> None:
+    def __init__(self, sources: Sequence[nn.Linear], mode: dict[str, bool]) -> None:
         super().__init__()
-        self.weight = source.weight
-        self.bias = source.bias
+        rows = [source.weight.shape[0] for source in sources]
+        weight = huge_zeros((sum(rows), sources[0].weight.shape[1]), torch.float32)
+        torch.cat([source.weight.detach() for source in sources], out=weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None
+        if any(source.bias is not None for source in sources):
+            parts = [
+                s.weight.new_zeros(n) if s.bias is None else s.bias
+                for s, n in zip(sources, rows, strict=True)
+            ]
+            self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
         self._mode = mode
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,6 +87,42 @@ class RowLinear(nn.Module):
         else:
             out = nn.functional.linear(rows, self.weight, self.bias)
         return out.reshape(*x.shape[:-1], -1)
+
+
+class _Share(nn.Module):
+    """One output of a joint RowLinear. The first share that sees an input computes all of them."""
+
+    def __init__(self, joint: RowLinear, first: int, last: int, kept: list[Any]) -> None:
+        super().__init__()
+        self._joint = [joint]  # in a list: the model must not list its weight several times
+        self._first, self._last = first, last
+        self._kept = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._kept or self._kept[0] is not x:
+            self._kept[:] = [x, self._joint[0](x)]
+        out: Tensor = self._kept[1][..., self._first : self._last]
+        return out
+
+
+_JOINT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read the same input, by the names all supported models give them."""
+
+
+def _replace_linears(model: nn.Module, mode: dict[str, bool]) -> None:
+    for parent in list(model.modules()):
+        children = {n: c for n, c in parent.named_children() if isinstance(c, nn.Linear)}
+        for names in _JOINT:
+            if not all(name in children for name in names):
+                continue
+            group = [children.pop(name) for name in names]
+            joint, kept, first = RowLinear(group, mode), [], 0
+            for name, source in zip(names, group, strict=True):
+                last = first + source.weight.shape[0]
+                setattr(parent, name, _Share(joint, first, last, kept))
+                first = last
+        for name, child in children.items():
+            setattr(parent, name, RowLinear([child], mode))
 
 
 class ModelAdapter:
@@ -97,10 +144,7 @@ class ModelAdapter:
         self.rope = Rope(rotary.inv_freq.float().clone(), float(rotary.attention_scaling))
         model.model.rotary_emb = _IdentityRotary()
         self._mode = {"decode": False}
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, RowLinear(child, self._mode))
+        _replace_linears(model, self._mode)
         self._model = model
         self.n_layers = int(self.config.num_hidden_layers)
         self.n_heads = int(self.config.num_attention_heads)

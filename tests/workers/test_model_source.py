@@ -145,7 +145,7 @@ def test_refresh_intervals_do_not_rename_pages(llama: Path) -> None:
 
 def test_linear_layers_give_a_row_the_same_bits_in_any_company(llama: Path) -> None:
     mode = {"decode": True}
-    layer = RowLinear(torch.nn.Linear(96, 160), mode)
+    layer = RowLinear([torch.nn.Linear(96, 160), torch.nn.Linear(96, 32, bias=False)], mode)
     x = torch.randn(64, 96)
     for decode in (True, False):
         mode["decode"] = decode
