@@ -69,7 +69,7 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None
         if any(source.bias is not None for source in sources):
-            parts = [
+            parts: list[Tensor] = [
                 s.weight.new_zeros(n) if s.bias is None else s.bias
                 for s, n in zip(sources, rows, strict=True)
             ]
@@ -116,7 +116,8 @@ def _replace_linears(model: nn.Module, mode: dict[str, bool]) -> None:
             if not all(name in children for name in names):
                 continue
             group = [children.pop(name) for name in names]
-            joint, kept, first = RowLinear(group, mode), [], 0
+            joint, first = RowLinear(group, mode), 0
+            kept: list[Any] = []
             for name, source in zip(names, group, strict=True):
                 last = first + source.weight.shape[0]
                 setattr(parent, name, _Share(joint, first, last, kept))

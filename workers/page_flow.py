@@ -74,6 +74,8 @@ class PageFlow:
         self._claims: dict[PageKey, Row] = {}
         self._generation = np.zeros(0, dtype=np.int64)
         self._mapped: list[Tensor] = []
+        self._in_place: dict[str, dict[int, set[int]]] = {}
+        """Pages of a row and layer that selection read in place since the last check."""
 
     # --- opening and closing rows ---------------------------------------------------------------
 
@@ -130,6 +132,7 @@ class PageFlow:
 
     def close(self, row: Row) -> None:
         """The row lets go of its pages; private ones are dropped from the store."""
+        self._in_place.pop(row.row_id, None)
         for key in row.keys[row.n_existing_pages :]:
             if self._claims.get(key) is row:
                 del self._claims[key]
@@ -330,18 +333,25 @@ class PageFlow:
         return self._mapped[index]
 
     def selection_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
-        """Every page of the row, read in place: from its mapped home, or from the bank before that."""
+        """Every page of the row: from the bank where it is resident, else in place from its home.
+
+        What is read in place is noted, for `mend_in_place` to check.
+        """
         page_ids = np.asarray(row.page_ids, dtype=np.int64)
         leaves = page_ids[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
-        home = self.pages.home_memory[page_ids]
-        at_home = (home >= 0)[None, :]
-        leaf_in_page = layer * self.geometry.n_kv_heads + self._heads[:, None]
-        home_rows = self.pages.home_row[page_ids][None, :] + leaf_in_page
-        memory = np.where(at_home, home[None, :] + 1, 0)
-        rows = np.where(at_home, home_rows, self.residency[layer].slots_of(leaves))
-        if home.max(initial=-1) >= 0:
+        slots = self.residency[layer].slots_of(leaves)
+        absent = slots < 0
+        memory, rows = np.zeros_like(slots), slots
+        if absent.any():
+            home = self.pages.home_memory[page_ids]
+            leaf_in_page = layer * self.geometry.n_kv_heads + self._heads[:, None]
+            home_rows = self.pages.home_row[page_ids][None, :] + leaf_in_page
+            memory = np.where(absent, home[None, :] + 1, 0)
+            rows = np.where(absent, home_rows, slots)
             self._memory(int(home.max()))
-        return self._view(layer, np.broadcast_to(memory, rows.shape), rows, n_tokens)
+            in_place = self._in_place.setdefault(row.row_id, {}).setdefault(layer, set())
+            in_place.update(np.flatnonzero(absent.any(axis=0)).tolist())
+        return self._view(layer, memory, rows, n_tokens)
 
     def mend_in_place(
         self, layer: int, row: Row, page_indexes: Sequence[int] | None = None
@@ -352,11 +362,13 @@ class PageFlow:
         True if a copy was bad and a good one took its place: what was made of the former must be
         made again. Raises PageLost if there is no good copy.
         """
-        if self._client is None:
+        read = self._in_place.get(row.row_id, {}).pop(layer, set())
+        if page_indexes is not None:
+            read = read.intersection(page_indexes)
+        if self._client is None or not read:
             return False
         mended = False
-        page_ids = row.page_ids if page_indexes is None else [row.page_ids[i] for i in page_indexes]
-        for page_id in page_ids:
+        for page_id in (row.page_ids[i] for i in sorted(read)):
             handle = self.pages.handles[page_id]
             while handle is not None and not self._intact_in_place(layer, handle):
                 mended = True
@@ -374,7 +386,7 @@ class PageFlow:
         at = (handle.first_leaf_row + first) * n_bytes
         for leaf, checksum in enumerate(handle.checksums[first : first + n_heads].tolist()):
             start = at + leaf * n_bytes
-            if xxhash.xxh3_64_intdigest(memory[start : start + n_bytes]) != checksum:
+            if xxhash.xxh3_64_intdigest(memory[start : start + n_bytes].data) != checksum:
                 return False
         return True
 
