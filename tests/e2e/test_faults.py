@@ -48,7 +48,7 @@ both_wirings = pytest.mark.parametrize(
 
 def decoding(update: jobs_pb2.JobUpdate) -> bool:
     """Every row has made some tokens and none is done."""
-    return len(update.active) == N_ROWS and all(row.decoded > 4 for row in update.active)
+    return len(update.active) == N_ROWS and all(row.decoded > 16 for row in update.active)
 
 
 def prefilling(update: jobs_pb2.JobUpdate) -> bool:
@@ -74,7 +74,7 @@ def assert_undisturbed(batch: Batch, rows: list[dict[str, Any]], inprocess: Serv
         row["custom_id"] for row in rows
     )
     assert batch.job.rows.done == len(rows)
-    assert batch.job.decoded_tokens == len(rows) * N_TOKENS
+    assert batch.job.decoded_tokens == sum(row["max_tokens"] for row in rows)
     assert batch.answers == inprocess.run(rows).answers
 
 
@@ -106,15 +106,17 @@ def test_gateway_killed(request: pytest.FixtureRequest, wiring: str, inprocess: 
     batch = serve.finish(job_id)
     assert_undisturbed(batch, rows, inprocess)
     assert serve.client.stats().epoch == epoch + 1
-    # answers went on from the journal's tokens; prompts came from the stores where they live on
-    assert batch.total("tokens_replayed") > 4 * N_ROWS
+    # answers went on from the tokens that had reached the journal; prompts came from the stores
+    # where those live on
+    assert batch.total("tokens_replayed") > 0
     if wiring == "cluster":
         assert [int(part.numbers["pid"]) for part in serve.client.stats().parts] == pids
         assert batch.total("pages_recomputed") == 0
         assert batch.total("tokens_prefilled") < N_ROWS * 2 * PAGE_TOKENS
     else:
         n_pages = [n // PAGE_TOKENS for n in (s["tokens_prompt"] for s in batch.stats.values())]
-        assert max(n_pages) < batch.total("pages_recomputed") <= sum(n_pages)
+        # of rows with a token in the journal; those that share a context compute it once
+        assert 0 < batch.total("pages_recomputed") <= sum(n_pages)
     # a client that watched from before lived through it
     watcher.join(timeout=20)
     assert seen[-1].job.state == jobs_pb2.JOB_STATE_COMPLETED
@@ -191,7 +193,7 @@ def test_bits_flipped_in_a_store_while_rows_decode(
 def test_sigterm_drains(request: pytest.FixtureRequest, wiring: str, inprocess: Serve) -> None:
     """Rows that run are finished, the others wait in the journal; nothing is left running."""
     serve: Serve = request.getfixturevalue(wiring)
-    rows = rows_of(19, 18, N_TOKENS, (200,))
+    rows = rows_of(19, 18, 40, (200,))
     job_id = serve.submit(rows)
     serve.updates_until(job_id, lambda update: update.decoded_tokens > 40)
     pids = [int(part.numbers["pid"]) for part in serve.client.stats().parts]
