@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from ..core.errors import DeadlineExceeded, InternalError, InvalidInput, Unavailable, UnreadableUri
+from .local_documents import LocalDocuments
 from .proto import (
     admin_pb2,
     admin_pb2_grpc,
@@ -124,13 +125,18 @@ class Client:
         idempotency_key: str = "",
         timeout_s: float = 600.0,
     ) -> jobs_pb2.Job:
-        """Submit JSONL: a path, the bytes themselves, or a URI that the gateway reads."""
+        """Submit JSONL: a path, the bytes themselves, or a URI that the gateway reads.
+
+        Documents that a batch file names by a local path are uploaded first, each once.
+        """
         if bool(uri) == bool(batch):
             raise InvalidInput("give a batch (path or bytes) or a uri, one of the two")
         if not name and isinstance(batch, str | Path) and batch:
             name = Path(batch).name
         header = jobs_pb2.SubmitHeader(name=name, uri=uri, idempotency_key=idempotency_key)
         chunks = _chunks(batch) if batch else iter(())
+        if isinstance(batch, str | Path) and batch:
+            chunks = self._with_documents(Path(batch), chunks)
 
         def requests() -> Iterator[jobs_pb2.SubmitRequest]:
             yield jobs_pb2.SubmitRequest(header=header)
@@ -139,6 +145,18 @@ class Client:
 
         response: jobs_pb2.SubmitResponse = self._send(self._jobs.Submit, requests(), timeout_s)
         return response.job
+
+    def _with_documents(self, batch: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        """The batch's pieces with its local documents named by their uploads."""
+        documents = LocalDocuments(
+            batch.parent, lambda path: str(self.upload_context(path).context_id)
+        )
+        # twice: uploads and their errors come before the stream, whose iterator would hide them
+        for _ in documents.lines(batch):
+            pass
+        if not documents.found:
+            return chunks
+        return (piece for line in documents.lines(batch) for piece in _chunks(line))
 
     def jobs(self, *, limit: int = 0, active_only: bool = False) -> list[jobs_pb2.Job]:
         """Newest first."""
