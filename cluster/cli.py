@@ -11,7 +11,7 @@ from .. import __version__
 from ..core.config import config_dict, load_config
 from .cli_ask import generate
 from .cli_base import Commands, ConfigFiles, Sets, out
-from .cli_demo import demo
+from .cli_demo import ask_dense, demo
 from .cli_jobs import cancel, jobs, results, submit, watch
 from .cli_plan import plan
 from .cli_serve import serve
@@ -35,6 +35,7 @@ app.add_typer(config_app, name="config")
 
 for command in (serve, submit, jobs, watch, results, cancel, generate, plan, demo):
     app.command()(command)
+app.command("dense")(ask_dense)
 
 
 @config_app.command("show")

@@ -27,6 +27,7 @@ from .summary import Summary, answer_text, summarize
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: the demo's documents and configuration are read from it."""
 START_TIMEOUT_S = 180.0
+DENSE_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 90.0
 _POLL_S = 0.2
 
@@ -39,7 +40,7 @@ def demo(
         Literal["ray", "inprocess"] | None, typer.Option(help="Overrides cluster.wiring.")
     ] = None,
     dense: Annotated[
-        bool, typer.Option(help="Also ask plain dense attention, for comparison.")
+        bool, typer.Option(help="Also ask plain dense attention, at lowest priority beside.")
     ] = True,
 ) -> None:
     """Answer a batch over long documents on a one-node cluster, then shut everything down."""
@@ -48,11 +49,16 @@ def demo(
             raise FailedPrecondition(f"{path} is missing; run the demo from a checkout")
     expected = _expected(batch)
     started_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="longreach-demo-") as folder:
-        lines, last = _run_batch(Path(folder), batch, config, wiring, started_s)
+    dense_answers: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="longreach-demo-") as name:
+        folder = Path(name)
+        with _asking_dense(folder, batch, dense) as dense_path:
+            lines, last = _run_batch(folder, batch, config, wiring, started_s)
+        if dense:
+            dense_answers = json.loads(dense_path.read_text(encoding="utf-8"))
     answers = {json.loads(line)["custom_id"]: answer_text(line) for line in lines}
     n_right = sum(_right(answers.get(name, ""), fact) for name, fact in expected.items())
-    out.print(_answers_table(answers, expected, _dense(batch) if dense else {}))
+    out.print(_answers_table(answers, expected, dense_answers))
     summary: Summary = summarize(lines)
     out.print(render.summary_table(summary))
     took = render.human_seconds(time.monotonic() - started_s)
@@ -137,17 +143,43 @@ def _expected(batch: Path) -> dict[str, str]:
     return {str(name): str(fact) for name, fact in facts.items()}
 
 
-def _dense(batch: Path) -> dict[str, str]:
-    """What plain transformers attention answers to the same lines; computed here and now."""
+@contextmanager
+def _asking_dense(folder: Path, batch: Path, wanted: bool) -> Iterator[Path]:
+    """Plain transformers attention answers the same lines in a process of the lowest priority: it
+    takes what the cluster leaves of the processors, and the rest of its time afterwards."""
+    answers = folder / "dense.json"
+    if not wanted:
+        yield answers
+        return
+    command = ["nice", "-n", "19", sys.executable, "-m", "longreach", "dense", str(batch.resolve())]
+    log_path = folder / "dense.log"
+    with log_path.open("w") as log_file:
+        process = subprocess.Popen(
+            [*command, "--out", str(answers)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield answers
+        with err.status("waiting for dense attention to answer the same questions"):
+            if process.wait(DENSE_TIMEOUT_S):
+                raise InternalError(f"dense attention failed: {_tail(log_path)}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
+
+
+def ask_dense(
+    batch: Annotated[Path, typer.Argument(help="JSONL in our row shape, with local documents.")],
+    out_path: Annotated[Path, typer.Option("--out", help="Where to write {custom_id: answer}.")],
+) -> None:
+    """Ask plain Hugging Face dense attention (the embedded model) the questions of a batch."""
     from ..workers.dense import answer_batch
 
-    folder = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        with err.status("asking dense attention the same questions"):
-            return dict(answer_batch(batch))
-    finally:
-        os.chdir(folder)
+    out_path.write_text(json.dumps(answer_batch(batch)), encoding="utf-8")
 
 
 def _answers_table(

@@ -141,6 +141,7 @@ class RayHead:
             "env",
             self._mark,
             "OMP_WAIT_POLICY=passive",
+            "RAY_worker_niceness=0",  # Ray's 15 would put the decode worker behind everything else
             *(f"{k}={v}" for k, v in auth_environment().items()),
         ]
         command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=0"]
