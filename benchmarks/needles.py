@@ -145,7 +145,9 @@ def _total_lines(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__).parse_args(argv)
+    arguments_of = parser(__doc__)
+    arguments_of.add_argument("--only", choices=("needle", "document"), help="one kind of text")
+    arguments = arguments_of.parse_args(argv)
     out = console()
     config = config_of(arguments, small=arguments.quick)
     result = record("benchmarks.needles", config, sys.argv[1:] if argv is None else argv)
@@ -159,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lengths = (length,) if arguments.tokens else LENGTHS
         wanted = [("needle", d) for d in needles(prompts.count, lengths, NEEDLE_DEPTHS)]
         wanted += [("document", d) for d in documents(prompts.count, length)]
+    if arguments.only:
+        wanted = [(kind, document) for kind, document in wanted if kind == arguments.only]
     dense = None if arguments.skip_dense else DenseModel(config.model)
     started_s = time.monotonic()
     rows: list[Row] = []
