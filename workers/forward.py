@@ -59,6 +59,8 @@ class LayerAttention:
         policy = self.policies[layer]
         if policy.dense:
             return None
+        if previous is not None and level == len(policy.stages):
+            return previous  # most decode steps: no view of the pages is needed
         started = time.monotonic()
         while True:
             view = self.flow.selection_view(layer, row, q_start + q.shape[1])
