@@ -74,6 +74,7 @@ class PageFlow:
         self._claims: dict[PageKey, Row] = {}
         self._generation = np.zeros(0, dtype=np.int64)
         self._mapped: list[Tensor] = []
+        self._drop_when_written: set[PageKey] = set()
         self._in_place: dict[str, dict[int, set[int]]] = {}
         """Pages of a row and layer that selection read in place since the last check."""
 
@@ -144,7 +145,10 @@ class PageFlow:
                 self._client.release(ended)
         row.page_ids = []
         if self._client is not None and row.private_keys:
-            self._client.drop(row.private_keys)
+            # a page that is still being written would outlive a drop that overtakes it
+            writing = {write.key for write in self._writes}.intersection(row.private_keys)
+            self._drop_when_written |= writing
+            self._client.drop([key for key in row.private_keys if key not in writing])
         row.private_keys = []
 
     def _forget(self, page_id: int) -> None:
@@ -284,6 +288,9 @@ class PageFlow:
         ended = [w for w in self._writes if w.future.done()]
         self._writes = [w for w in self._writes if not w.future.done()]
         for write in ended:
+            if write.key in self._drop_when_written and self._client is not None:
+                self._drop_when_written.discard(write.key)
+                self._client.drop([write.key])
             if self._generation[write.page_id] != write.generation:
                 continue  # its row ended meanwhile, and its lease group with it
             failure = write.future.exception()

@@ -170,24 +170,15 @@ def test_cached_masks_are_reused_between_refreshes(config: Any, tmp_path: Path) 
     """The other half of the former test: with the preset's own intervals masks do get old."""
     prompts = prompts_of(1500)
     calls: list[int] = []
-    select = forward.select_blocks
+    select = forward.LayerAttention.select
 
-    def spy(
-        q: Any,
-        q_start: int,
-        view: Any,
-        policy: Any,
-        rope: Any,
-        previous: Any,
-        level: int,
-        **more: Any,
-    ) -> Any:
+    def spy(self: Any, layer: int, row: Any, q: Any, *rest: Any, **more: Any) -> Any:
         if q.shape[1] == 1:
-            calls.append(level)
-        return select(q, q_start, view, policy, rope, previous, level, **more)
+            calls.append(rest[2])
+        return select(self, layer, row, q, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "select_blocks", spy)
+        patch.setattr(forward.LayerAttention, "select", spy)
         run(config(), prompts, tmp_path)
     assert set(calls) == {0, 1, 2, 3}
     assert calls.count(3) > calls.count(0)
