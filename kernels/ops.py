@@ -8,7 +8,7 @@ from .paged import PagedKV, gather_blocks, gather_tokens
 from .plan import Segment, plan_attend, touched_pages
 from .rope import Rope
 from .select import select_blocks
-from .selection import Selection
+from .selection import Selection, candidate_end
 from .summaries import SummarySource, chunk_summaries
 from .warm import warm_up
 
@@ -19,6 +19,7 @@ __all__ = [
     "Selection",
     "SummarySource",
     "attend_segments",
+    "candidate_end",
     "chunk_summaries",
     "gather_blocks",
     "gather_tokens",

@@ -125,9 +125,6 @@ def refuse_unsupported(config: Any) -> None:
         )
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         refuse("mixture of experts")
-    if getattr(config, "attention_dropout", 0.0):
-        # inference never drops, so this is harmless; nothing to refuse
-        return
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.errors import ConfigError, NotFound
 from ..core.page_key import PageKey
 from ..core.stage import LayerPolicy
-from ..kernels.ops import PagedKV, Rope, SummarySource, select_blocks
+from ..kernels.ops import PagedKV, Rope, SummarySource, candidate_end, select_blocks
 
 
 def summary_layers(policies: Sequence[LayerPolicy], page_tokens: int) -> tuple[int, ...]:
@@ -155,9 +155,7 @@ class Retriever:
         row = torch.full((n_heads, n_pages), -1, dtype=torch.int64)
         memory = q.new_zeros(n_heads, 2, self._page_tokens, q.shape[2])
         if cut_keys is not None and cut_keys.shape[1]:
-            window = max(0, policy.window - policy.stages[0].chunk)
-            end = max(policy.sink, q_start - window)
-            start = end - cut_keys.shape[1]
+            start = candidate_end(q_start, policy) - cut_keys.shape[1]
             row[:, start // self._page_tokens] = torch.arange(n_heads)
             at = start % self._page_tokens
             memory[:, 0, at : at + cut_keys.shape[1]] = cut_keys

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.config import RetrieverConfig
 from ..core.stage import LayerPolicy
-from ..kernels.ops import PagedKV, Rope, chunk_summaries, gather_tokens
+from ..kernels.ops import PagedKV, Rope, candidate_end, chunk_summaries, gather_tokens
 from ..kvstore.placement import rendezvous
 from ..kvstore.transport import Channel, connect
 from .retriever import Retriever
@@ -59,7 +59,7 @@ class SummaryIndex:
         if layer not in self._layers or level > 0:
             return {}
         policy = self._policies[layer]
-        end = max(policy.sink, q_start - max(0, policy.window - policy.stages[0].chunk))
+        end = candidate_end(q_start, policy)
         self._bring_up(layer, row, view, end // self._page_tokens)
         if not self._remote:
             return {"summaries": self._local.source(row.row_id, layer)}

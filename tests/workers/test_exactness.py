@@ -11,12 +11,12 @@ import torch
 
 from longreach.core.config import Config
 from longreach.workers import forward
-from longreach.workers.engine import Engine
 from longreach.workers.page_flow import PageFlow
 
 from .tiny import (
     KINDS,
     answers,
+    engine_logits,
     hf_greedy,
     hf_logits,
     make_engine,
@@ -152,21 +152,6 @@ def test_a_resumed_row_replays_its_tokens_and_goes_on(
             elif event.kind == "done":
                 assert event.payload["token_ids"] == expected
     assert emitted == list(range(n_forced, N_NEW))
-
-
-def engine_logits(engine: Engine, prompt: np.ndarray, n_new: int) -> tuple[list[int], torch.Tensor]:
-    """The row's tokens and the logits each was chosen from, [n_new, vocab]."""
-    seen: list[torch.Tensor] = []
-    compute = engine._model.logits
-
-    def spy(hidden: torch.Tensor) -> torch.Tensor:
-        out = compute(hidden)
-        seen.append(out[0].clone())
-        return out
-
-    engine._model.logits = spy  # type: ignore[method-assign]
-    (tokens,) = answers(engine, [prompt], n_new)
-    return tokens, torch.stack(seen)
 
 
 def worst_error(config: Config, prompt: np.ndarray) -> float:

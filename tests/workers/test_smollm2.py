@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from longreach.core.config import Config, load_config
 from longreach.workers.embedded import ensure_embedded_model
 from longreach.workers.prompt import PromptBuilder
 
-from .tiny import answers, hf_greedy, hf_logits, make_engine, page_client, store_pool
+from .tiny import answers, engine_logits, hf_greedy, hf_logits, make_engine, page_client, store_pool
 
 N_NEW = 16
 DOCUMENT = Path(__file__).resolve().parents[2] / "examples/demo/orchard.txt"
@@ -81,17 +80,7 @@ def test_greedy_tokens_equal_dense_generate(
 def test_logits_agree_within_a_ten_thousandth_of_their_deviation(
     directory: Path, prompts: list[np.ndarray]
 ) -> None:
-    engine = make_engine(config_of(directory))
-    seen: list[torch.Tensor] = []
-    compute = engine._model.logits
-
-    def spy(hidden: torch.Tensor) -> torch.Tensor:
-        out = compute(hidden)
-        seen.append(out[0].clone())
-        return out
-
-    engine._model.logits = spy  # type: ignore[method-assign]
-    (tokens,) = answers(engine, prompts[:1], N_NEW)
+    tokens, logits = engine_logits(make_engine(config_of(directory)), prompts[0], N_NEW)
     reference = hf_logits(directory, [*prompts[0].tolist(), *tokens])[len(prompts[0]) - 1 : -1]
-    error = (torch.stack(seen) - reference).abs().max() / reference.std()
+    error = (logits - reference).abs().max() / reference.std()
     assert float(error) < 1e-4

@@ -185,3 +185,18 @@ def answers(engine: Engine, prompts: Sequence[np.ndarray], n_new: int) -> list[l
         engine.submit(request(f"row-{i}", prompt, n_new))
     done = run_all(engine)
     return [done[f"row-{i}"]["token_ids"] for i in range(len(prompts))]
+
+
+def engine_logits(engine: Engine, prompt: np.ndarray, n_new: int) -> tuple[list[int], torch.Tensor]:
+    """The row's tokens and the logits each was chosen from, [n_new, vocab]."""
+    seen: list[torch.Tensor] = []
+    compute = engine._model.logits
+
+    def spy(hidden: torch.Tensor) -> torch.Tensor:
+        out = compute(hidden)
+        seen.append(out[0].clone())
+        return out
+
+    engine._model.logits = spy  # type: ignore[method-assign]
+    (tokens,) = answers(engine, [prompt], n_new)
+    return tokens, torch.stack(seen)
