@@ -22,6 +22,7 @@ from .proto import (
     jobs_pb2_grpc,
 )
 from .rpc_errors import error_from_rpc
+from .uploads import upload_parts
 
 T = TypeVar("T")
 
@@ -140,8 +141,8 @@ class Client:
 
         def requests() -> Iterator[jobs_pb2.SubmitRequest]:
             yield jobs_pb2.SubmitRequest(header=header)
-            for chunk in chunks:
-                yield jobs_pb2.SubmitRequest(chunk=chunk)
+            if not uri:
+                yield from upload_parts(jobs_pb2.SubmitRequest, chunks)
 
         response: jobs_pb2.SubmitResponse = self._send(self._jobs.Submit, requests(), timeout_s)
         return response.job
@@ -203,7 +204,7 @@ class Client:
 
     def upload_context(self, document: str | Path | bytes) -> contexts_pb2.Context:
         """Store a document once: bytes of UTF-8 text, or the path of a file."""
-        requests = (contexts_pb2.UploadContextRequest(chunk=c) for c in _chunks(document))
+        requests = upload_parts(contexts_pb2.UploadContextRequest, _chunks(document))
         upload = self._contexts.Upload
         context: contexts_pb2.Context = self._send(upload, requests, 20 * self._timeout_s)
         return context

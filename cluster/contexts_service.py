@@ -10,6 +10,7 @@ from .proto import contexts_pb2 as pb
 from .proto import contexts_pb2_grpc
 from .rpc_status import long_call, unary
 from .service import Service
+from .uploads import whole_upload
 
 
 class ContextsServicer(contexts_pb2_grpc.ContextsServicer):
@@ -21,7 +22,7 @@ class ContextsServicer(contexts_pb2_grpc.ContextsServicer):
     @long_call
     def Upload(self, requests: Iterator[pb.UploadContextRequest], context: Any) -> pb.Context:
         self.service.dispatcher.check_accepting()
-        return _context(self.service.contexts.add((r.chunk for r in requests), "upload"))
+        return _context(self.service.contexts.add(whole_upload(requests), "upload"))
 
     @long_call
     def Import(self, request: pb.ImportContextRequest, context: Any) -> pb.Context:

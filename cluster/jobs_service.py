@@ -15,6 +15,7 @@ from .row import JobState, RowState
 from .rpc_status import long_call, streaming, unary
 from .service import Service
 from .submission import MAX_BATCH_BYTES
+from .uploads import whole_upload
 from .uri import read_uri
 
 DEFAULT_LIST = 100
@@ -47,9 +48,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServicer):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidInput("header: the first message must be the header", field="header")
         header = first.header
-        chunks = _chunks(requests)
         if header.uri:
-            if next(chunks, None) is not None:
+            if next(requests, None) is not None:
                 raise InvalidInput("uri: a batch by URI takes no chunks", field="uri")
             gateway = service.config.gateway
             chunks = read_uri(
@@ -58,6 +58,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServicer):
                 timeout_s=gateway.uri_timeout_s,
                 protocols=gateway.uri_protocols,
             )
+        else:
+            chunks = whole_upload(requests)
         submission = service.intake.submit(
             chunks,
             name=header.name or header.uri.rpartition("/")[2],
@@ -130,13 +132,6 @@ class JobsServicer(jobs_pb2_grpc.JobsServicer):
 
     def _job(self, job_id: str) -> pb.Job:
         return _job(self.service.journal.job(job_id))
-
-
-def _chunks(requests: Iterator[pb.SubmitRequest]) -> Iterator[bytes]:
-    for request in requests:
-        if request.WhichOneof("part") != "chunk":
-            raise InvalidInput("chunk: only chunks may follow the header", field="chunk")
-        yield request.chunk
 
 
 def _job(record: JobRecord) -> pb.Job:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&longreach/cluster/proto/contexts.proto\x12\x0clongreach.v1\"%\n\x14UploadContextRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"#\n\x14ImportContextRequest\x12\x0b\n\x03uri\x18\x01 \x01(\t\"\'\n\x11GetContextRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"*\n\x14\x44\x65leteContextRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteContextResponse\"Q\n\x07\x43ontext\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x0f\n\x07n_bytes\x18\x02 \x01(\x03\x12\x11\n\tcreated_s\x18\x03 \x01(\x01\x12\x0e\n\x06source\x18\x04 \x01(\t2\xa8\x02\n\x08\x43ontexts\x12\x45\n\x06Upload\x12\".longreach.v1.UploadContextRequest\x1a\x15.longreach.v1.Context(\x01\x12\x43\n\x06Import\x12\".longreach.v1.ImportContextRequest\x1a\x15.longreach.v1.Context\x12=\n\x03Get\x12\x1f.longreach.v1.GetContextRequest\x1a\x15.longreach.v1.Context\x12Q\n\x06\x44\x65lete\x12\".longreach.v1.DeleteContextRequest\x1a#.longreach.v1.DeleteContextResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&longreach/cluster/proto/contexts.proto\x12\x0clongreach.v1\"W\n\x14UploadContextRequest\x12\x0f\n\x05\x63hunk\x18\x01 \x01(\x0cH\x00\x12&\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x17.longreach.v1.UploadEndH\x00\x42\x06\n\x04part\"\x1c\n\tUploadEnd\x12\x0f\n\x07n_bytes\x18\x01 \x01(\x04\"#\n\x14ImportContextRequest\x12\x0b\n\x03uri\x18\x01 \x01(\t\"\'\n\x11GetContextRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"*\n\x14\x44\x65leteContextRequest\x12\x12\n\ncontext_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteContextResponse\"Q\n\x07\x43ontext\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x0f\n\x07n_bytes\x18\x02 \x01(\x03\x12\x11\n\tcreated_s\x18\x03 \x01(\x01\x12\x0e\n\x06source\x18\x04 \x01(\t2\xa8\x02\n\x08\x43ontexts\x12\x45\n\x06Upload\x12\".longreach.v1.UploadContextRequest\x1a\x15.longreach.v1.Context(\x01\x12\x43\n\x06Import\x12\".longreach.v1.ImportContextRequest\x1a\x15.longreach.v1.Context\x12=\n\x03Get\x12\x1f.longreach.v1.GetContextRequest\x1a\x15.longreach.v1.Context\x12Q\n\x06\x44\x65lete\x12\".longreach.v1.DeleteContextRequest\x1a#.longreach.v1.DeleteContextResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,17 +32,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longreach.cluster.proto.con
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_UPLOADCONTEXTREQUEST']._serialized_start=56
-  _globals['_UPLOADCONTEXTREQUEST']._serialized_end=93
-  _globals['_IMPORTCONTEXTREQUEST']._serialized_start=95
-  _globals['_IMPORTCONTEXTREQUEST']._serialized_end=130
-  _globals['_GETCONTEXTREQUEST']._serialized_start=132
-  _globals['_GETCONTEXTREQUEST']._serialized_end=171
-  _globals['_DELETECONTEXTREQUEST']._serialized_start=173
-  _globals['_DELETECONTEXTREQUEST']._serialized_end=215
-  _globals['_DELETECONTEXTRESPONSE']._serialized_start=217
-  _globals['_DELETECONTEXTRESPONSE']._serialized_end=240
-  _globals['_CONTEXT']._serialized_start=242
-  _globals['_CONTEXT']._serialized_end=323
-  _globals['_CONTEXTS']._serialized_start=326
-  _globals['_CONTEXTS']._serialized_end=622
+  _globals['_UPLOADCONTEXTREQUEST']._serialized_end=143
+  _globals['_UPLOADEND']._serialized_start=145
+  _globals['_UPLOADEND']._serialized_end=173
+  _globals['_IMPORTCONTEXTREQUEST']._serialized_start=175
+  _globals['_IMPORTCONTEXTREQUEST']._serialized_end=210
+  _globals['_GETCONTEXTREQUEST']._serialized_start=212
+  _globals['_GETCONTEXTREQUEST']._serialized_end=251
+  _globals['_DELETECONTEXTREQUEST']._serialized_start=253
+  _globals['_DELETECONTEXTREQUEST']._serialized_end=295
+  _globals['_DELETECONTEXTRESPONSE']._serialized_start=297
+  _globals['_DELETECONTEXTRESPONSE']._serialized_end=320
+  _globals['_CONTEXT']._serialized_start=322
+  _globals['_CONTEXT']._serialized_end=403
+  _globals['_CONTEXTS']._serialized_start=406
+  _globals['_CONTEXTS']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

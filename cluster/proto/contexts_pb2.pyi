@@ -1,14 +1,23 @@
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class UploadContextRequest(_message.Message):
-    __slots__ = ("chunk",)
+    __slots__ = ("chunk", "end")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
     chunk: bytes
-    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
+    end: UploadEnd
+    def __init__(self, chunk: _Optional[bytes] = ..., end: _Optional[_Union[UploadEnd, _Mapping]] = ...) -> None: ...
+
+class UploadEnd(_message.Message):
+    __slots__ = ("n_bytes",)
+    N_BYTES_FIELD_NUMBER: _ClassVar[int]
+    n_bytes: int
+    def __init__(self, n_bytes: _Optional[int] = ...) -> None: ...
 
 class ImportContextRequest(_message.Message):
     __slots__ = ("uri",)

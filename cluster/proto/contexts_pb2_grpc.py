@@ -60,7 +60,7 @@ class ContextsServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Upload(self, request_iterator, context):
-        """UTF-8 text in chunks, cut anywhere. The same bytes always get the same name.
+        """UTF-8 text in chunks, cut anywhere, then the end. The same bytes always get the same name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,45 +22,46 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from longreach.cluster.proto import contexts_pb2 as longreach_dot_cluster_dot_proto_dot_contexts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"longreach/cluster/proto/jobs.proto\x12\x0clongreach.v1\"V\n\rSubmitRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.longreach.v1.SubmitHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"B\n\x0cSubmitHeader\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uri\x18\x03 \x01(\t\"A\n\x0eSubmitResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.longreach.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"l\n\tRowCounts\x12\r\n\x05total\x18\x01 \x01(\x03\x12\x0e\n\x06queued\x18\x02 \x01(\x03\x12\x0f\n\x07running\x18\x03 \x01(\x03\x12\x0c\n\x04\x64one\x18\x04 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x03\x12\x11\n\tcancelled\x18\x06 \x01(\x03\"\x87\x02\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.longreach.v1.JobState\x12%\n\x04rows\x18\x04 \x01(\x0b\x32\x17.longreach.v1.RowCounts\x12\x11\n\tcreated_s\x18\x05 \x01(\x01\x12\x11\n\tstarted_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x65nded_s\x18\x07 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x03\x12\x15\n\rreused_tokens\x18\t \x01(\x03\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\n \x01(\x03\x12\x17\n\x0fidempotency_key\x18\x0b \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"5\n\x0fListJobsRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\x12\x13\n\x0b\x61\x63tive_only\x18\x02 \x01(\x08\"3\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.longreach.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"5\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\ninterval_s\x18\x02 \x01(\x01\"\xaa\x01\n\x0bRowProgress\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x11\n\tprefilled\x18\x03 \x01(\x03\x12\x0e\n\x06reused\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0f\n\x07\x64\x65\x63oded\x18\x06 \x01(\x03\x12\x12\n\nmax_tokens\x18\x07 \x01(\x03\x12\x11\n\tworker_id\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\x03\"\xd2\x01\n\tJobUpdate\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.longreach.v1.Job\x12)\n\x06\x61\x63tive\x18\x02 \x03(\x0b\x32\x19.longreach.v1.RowProgress\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x04 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x05 \x01(\x01\x12\x18\n\x10prefilled_tokens\x18\x06 \x01(\x03\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\x07 \x01(\x03\"@\n\x0eResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"?\n\nResultLine\x12\x10\n\x08position\x18\x01 \x01(\x03\x12\x11\n\tcustom_id\x18\x02 \x01(\t\x12\x0c\n\x04line\x18\x03 \x01(\t*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\x90\x03\n\x04Jobs\x12\x45\n\x06Submit\x12\x1b.longreach.v1.SubmitRequest\x1a\x1c.longreach.v1.SubmitResponse(\x01\x12\x35\n\x03Get\x12\x1b.longreach.v1.GetJobRequest\x1a\x11.longreach.v1.Job\x12\x45\n\x04List\x12\x1d.longreach.v1.ListJobsRequest\x1a\x1e.longreach.v1.ListJobsResponse\x12;\n\x06\x43\x61ncel\x12\x1e.longreach.v1.CancelJobRequest\x1a\x11.longreach.v1.Job\x12\x41\n\x05Watch\x12\x1d.longreach.v1.WatchJobRequest\x1a\x17.longreach.v1.JobUpdate0\x01\x12\x43\n\x07Results\x12\x1c.longreach.v1.ResultsRequest\x1a\x18.longreach.v1.ResultLine0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"longreach/cluster/proto/jobs.proto\x12\x0clongreach.v1\x1a&longreach/cluster/proto/contexts.proto\"~\n\rSubmitRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.longreach.v1.SubmitHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12&\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x17.longreach.v1.UploadEndH\x00\x42\x06\n\x04part\"B\n\x0cSubmitHeader\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uri\x18\x03 \x01(\t\"A\n\x0eSubmitResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.longreach.v1.Job\x12\x0f\n\x07\x65xisted\x18\x02 \x01(\x08\"l\n\tRowCounts\x12\r\n\x05total\x18\x01 \x01(\x03\x12\x0e\n\x06queued\x18\x02 \x01(\x03\x12\x0f\n\x07running\x18\x03 \x01(\x03\x12\x0c\n\x04\x64one\x18\x04 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x03\x12\x11\n\tcancelled\x18\x06 \x01(\x03\"\x87\x02\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.longreach.v1.JobState\x12%\n\x04rows\x18\x04 \x01(\x0b\x32\x17.longreach.v1.RowCounts\x12\x11\n\tcreated_s\x18\x05 \x01(\x01\x12\x11\n\tstarted_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x65nded_s\x18\x07 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x03\x12\x15\n\rreused_tokens\x18\t \x01(\x03\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\n \x01(\x03\x12\x17\n\x0fidempotency_key\x18\x0b \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"5\n\x0fListJobsRequest\x12\r\n\x05limit\x18\x01 \x01(\x05\x12\x13\n\x0b\x61\x63tive_only\x18\x02 \x01(\x08\"3\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.longreach.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"5\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\ninterval_s\x18\x02 \x01(\x01\"\xaa\x01\n\x0bRowProgress\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x11\n\tprefilled\x18\x03 \x01(\x03\x12\x0e\n\x06reused\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0f\n\x07\x64\x65\x63oded\x18\x06 \x01(\x03\x12\x12\n\nmax_tokens\x18\x07 \x01(\x03\x12\x11\n\tworker_id\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\x03\"\xd2\x01\n\tJobUpdate\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.longreach.v1.Job\x12)\n\x06\x61\x63tive\x18\x02 \x03(\x0b\x32\x19.longreach.v1.RowProgress\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x04 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x05 \x01(\x01\x12\x18\n\x10prefilled_tokens\x18\x06 \x01(\x03\x12\x16\n\x0e\x64\x65\x63oded_tokens\x18\x07 \x01(\x03\"@\n\x0eResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"?\n\nResultLine\x12\x10\n\x08position\x18\x01 \x01(\x03\x12\x11\n\tcustom_id\x18\x02 \x01(\t\x12\x0c\n\x04line\x18\x03 \x01(\t*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\x90\x03\n\x04Jobs\x12\x45\n\x06Submit\x12\x1b.longreach.v1.SubmitRequest\x1a\x1c.longreach.v1.SubmitResponse(\x01\x12\x35\n\x03Get\x12\x1b.longreach.v1.GetJobRequest\x1a\x11.longreach.v1.Job\x12\x45\n\x04List\x12\x1d.longreach.v1.ListJobsRequest\x1a\x1e.longreach.v1.ListJobsResponse\x12;\n\x06\x43\x61ncel\x12\x1e.longreach.v1.CancelJobRequest\x1a\x11.longreach.v1.Job\x12\x41\n\x05Watch\x12\x1d.longreach.v1.WatchJobRequest\x1a\x17.longreach.v1.JobUpdate0\x01\x12\x43\n\x07Results\x12\x1c.longreach.v1.ResultsRequest\x1a\x18.longreach.v1.ResultLine0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'longreach.cluster.proto.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1401
-  _globals['_JOBSTATE']._serialized_end=1581
-  _globals['_SUBMITREQUEST']._serialized_start=52
-  _globals['_SUBMITREQUEST']._serialized_end=138
-  _globals['_SUBMITHEADER']._serialized_start=140
-  _globals['_SUBMITHEADER']._serialized_end=206
-  _globals['_SUBMITRESPONSE']._serialized_start=208
-  _globals['_SUBMITRESPONSE']._serialized_end=273
-  _globals['_ROWCOUNTS']._serialized_start=275
-  _globals['_ROWCOUNTS']._serialized_end=383
-  _globals['_JOB']._serialized_start=386
-  _globals['_JOB']._serialized_end=649
-  _globals['_GETJOBREQUEST']._serialized_start=651
-  _globals['_GETJOBREQUEST']._serialized_end=682
-  _globals['_LISTJOBSREQUEST']._serialized_start=684
-  _globals['_LISTJOBSREQUEST']._serialized_end=737
-  _globals['_LISTJOBSRESPONSE']._serialized_start=739
-  _globals['_LISTJOBSRESPONSE']._serialized_end=790
-  _globals['_CANCELJOBREQUEST']._serialized_start=792
-  _globals['_CANCELJOBREQUEST']._serialized_end=826
-  _globals['_WATCHJOBREQUEST']._serialized_start=828
-  _globals['_WATCHJOBREQUEST']._serialized_end=881
-  _globals['_ROWPROGRESS']._serialized_start=884
-  _globals['_ROWPROGRESS']._serialized_end=1054
-  _globals['_JOBUPDATE']._serialized_start=1057
-  _globals['_JOBUPDATE']._serialized_end=1267
-  _globals['_RESULTSREQUEST']._serialized_start=1269
-  _globals['_RESULTSREQUEST']._serialized_end=1333
-  _globals['_RESULTLINE']._serialized_start=1335
-  _globals['_RESULTLINE']._serialized_end=1398
-  _globals['_JOBS']._serialized_start=1584
-  _globals['_JOBS']._serialized_end=1984
+  _globals['_JOBSTATE']._serialized_start=1481
+  _globals['_JOBSTATE']._serialized_end=1661
+  _globals['_SUBMITREQUEST']._serialized_start=92
+  _globals['_SUBMITREQUEST']._serialized_end=218
+  _globals['_SUBMITHEADER']._serialized_start=220
+  _globals['_SUBMITHEADER']._serialized_end=286
+  _globals['_SUBMITRESPONSE']._serialized_start=288
+  _globals['_SUBMITRESPONSE']._serialized_end=353
+  _globals['_ROWCOUNTS']._serialized_start=355
+  _globals['_ROWCOUNTS']._serialized_end=463
+  _globals['_JOB']._serialized_start=466
+  _globals['_JOB']._serialized_end=729
+  _globals['_GETJOBREQUEST']._serialized_start=731
+  _globals['_GETJOBREQUEST']._serialized_end=762
+  _globals['_LISTJOBSREQUEST']._serialized_start=764
+  _globals['_LISTJOBSREQUEST']._serialized_end=817
+  _globals['_LISTJOBSRESPONSE']._serialized_start=819
+  _globals['_LISTJOBSRESPONSE']._serialized_end=870
+  _globals['_CANCELJOBREQUEST']._serialized_start=872
+  _globals['_CANCELJOBREQUEST']._serialized_end=906
+  _globals['_WATCHJOBREQUEST']._serialized_start=908
+  _globals['_WATCHJOBREQUEST']._serialized_end=961
+  _globals['_ROWPROGRESS']._serialized_start=964
+  _globals['_ROWPROGRESS']._serialized_end=1134
+  _globals['_JOBUPDATE']._serialized_start=1137
+  _globals['_JOBUPDATE']._serialized_end=1347
+  _globals['_RESULTSREQUEST']._serialized_start=1349
+  _globals['_RESULTSREQUEST']._serialized_end=1413
+  _globals['_RESULTLINE']._serialized_start=1415
+  _globals['_RESULTLINE']._serialized_end=1478
+  _globals['_JOBS']._serialized_start=1664
+  _globals['_JOBS']._serialized_end=2064
 # @@protoc_insertion_point(module_scope)

@@ -70,8 +70,9 @@ class JobsServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Submit(self, request_iterator, context):
-        """Takes a batch: first a header, then the JSONL bytes in chunks (or a URI in the header and no
-        chunks). Answers when the job is durable. A malformed line fails its own row only.
+        """Takes a batch: first a header, then the JSONL bytes in chunks, then the end (or a URI in the
+        header and nothing more). Answers when the job is durable. A malformed line fails its own row
+        only. A stream that stops before its end leaves nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,6 +28,7 @@ from longreach.cluster.proto import (
     jobs_pb2_grpc,
 )
 from longreach.cluster.rpc_errors import error_from_rpc
+from longreach.cluster.uploads import upload_parts
 from longreach.core.errors import AlreadyServing, ContextTooLong, FailedPrecondition
 
 from .fakes import GEOMETRY, FakePrompts, FakeRuntime, expected_text, make_config
@@ -62,8 +63,9 @@ class Rig:
     def submit(self, data: bytes, chunk: int = 1 << 16, **header: str) -> jobs_pb2.SubmitResponse:
         def parts() -> Iterator[jobs_pb2.SubmitRequest]:
             yield jobs_pb2.SubmitRequest(header=jobs_pb2.SubmitHeader(**header))
-            for start in range(0, len(data), chunk):
-                yield jobs_pb2.SubmitRequest(chunk=data[start : start + chunk])
+            if not header.get("uri") or data:
+                pieces = (data[start : start + chunk] for start in range(0, len(data), chunk))
+                yield from upload_parts(jobs_pb2.SubmitRequest, pieces)
 
         response: jobs_pb2.SubmitResponse = self.jobs.Submit(parts(), timeout=WAIT_S)
         return response
@@ -78,10 +80,8 @@ class Rig:
         return self.jobs.Get(jobs_pb2.GetJobRequest(job_id=job_id), timeout=WAIT_S)
 
     def upload(self, text: bytes, chunk: int = 10) -> contexts_pb2.Context:
-        parts = (
-            contexts_pb2.UploadContextRequest(chunk=text[start : start + chunk])
-            for start in range(0, len(text), chunk)
-        )
+        pieces = (text[start : start + chunk] for start in range(0, len(text), chunk))
+        parts = upload_parts(contexts_pb2.UploadContextRequest, pieces)
         return self.contexts.Upload(parts, timeout=WAIT_S)
 
     def close(self) -> None:
@@ -425,6 +425,25 @@ def test_a_client_gone_while_it_submits_leaves_nothing(rig: Rig, tmp_path: Path)
     gate.set()
     wait_for(lambda: not list(spool.iterdir()))
     assert not rig.jobs.List(jobs_pb2.ListJobsRequest()).jobs
+
+
+def test_an_upload_without_its_end_leaves_nothing(rig: Rig, tmp_path: Path) -> None:
+    """What a cancelled stream may look like from the server: chunks, then nothing more."""
+    head = jobs_pb2.SubmitRequest(header=jobs_pb2.SubmitHeader())
+    whole = list(upload_parts(jobs_pb2.SubmitRequest, [batch("a"), batch("b")]))
+    for parts in (
+        whole[:1],  # a line boundary: nothing in the bytes tells that more was to come
+        [whole[0], whole[2]],
+        [*whole, whole[2]],
+        [*whole, head],
+    ):
+        code, _, others = status_of(lambda p=parts: rig.jobs.Submit(iter([head, *p])))
+        assert code == "INVALID_ARGUMENT", others
+    text = list(upload_parts(contexts_pb2.UploadContextRequest, [b"a b ", b"c d"]))
+    assert status_of(lambda: rig.contexts.Upload(iter(text[:1])))[0] == "INVALID_ARGUMENT"
+    assert not rig.jobs.List(jobs_pb2.ListJobsRequest()).jobs
+    state = tmp_path / "state"
+    assert not [*(state / "spool").iterdir(), *(state / "contexts").iterdir()]
 
 
 def test_oversized_lines_fail_alone(make_rig: Callable[..., Rig]) -> None:
