@@ -48,6 +48,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServicer):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidInput("header: the first message must be the header", field="header")
         header = first.header
+        chunks: Iterator[bytes]
         if header.uri:
             if next(requests, None) is not None:
                 raise InvalidInput("uri: a batch by URI takes no chunks", field="uri")

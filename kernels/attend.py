@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..core.stage import LayerPolicy
 from .paged import PagedKV, block_token_ids, gather_tokens
-from .plan import Segment
 from .rope import Rope
+from .segments import Segment, Segments
 
 try:
     from . import cpu_attend, cpu_merge
@@ -25,7 +23,7 @@ def attend_segments(
     q: Tensor,
     q_start: int,
     view: PagedKV,
-    segments: Sequence[Segment],
+    segments: Segments,
     policy: LayerPolicy,
     rope: Rope,
     scale: float,
@@ -51,7 +49,7 @@ def attend_torch(
     q: Tensor,
     q_start: int,
     view: PagedKV,
-    segments: Sequence[Segment],
+    segments: Segments,
     policy: LayerPolicy,
     rope: Rope,
     scale: float,
@@ -156,7 +154,7 @@ def mass_kept(
     q: Tensor,
     q_pos: int,
     view: PagedKV,
-    segments: Sequence[Segment],
+    segments: Segments,
     policy: LayerPolicy,
     rope: Rope,
     scale: float,

@@ -7,7 +7,6 @@ head. Base-2 logits inside, base-e log-sum-exp outside."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -28,13 +27,22 @@ from .cpu_pages import (
     value_offset,
     zero_row,
 )
-from .cpu_pool import POOL
+from .cpu_pool import FAILED, LEFT, POOL
 from .cpu_query import query_tiles
 from .cpu_softmax import COLUMNS, many_queries, one_query
-from .cpu_tiles import take_ticket
+from .cpu_wait import leave, take_ticket
 from .paged import PagedKV, absent_page
-from .plan import Segment
 from .rope import Rope
+from .segments import (
+    HEADS,
+    KIND,
+    KINDS,
+    N_RUNS,
+    RENUMBERED,
+    RUN_TOKENS,
+    RUNS_AT,
+    Segments,
+)
 
 _FAR = 1 << 60
 
@@ -43,7 +51,7 @@ def attend(
     q: Tensor,
     q_start: int,
     view: PagedKV,
-    segments: Sequence[Segment],
+    segments: Segments,
     policy: LayerPolicy,
     rope: Rope,
     scale: float,
@@ -52,25 +60,25 @@ def attend(
 ) -> bool:
     """Fill o [S, H, Tq, D] and lse [S, H, Tq]; False where this path does not apply."""
     pages = as_pages(view)
-    base = segments[0].base
-    if pages is None or rope.head_dim != view.head_dim or any(s.base != base for s in segments):
+    if pages is None or rope.head_dim != view.head_dim:
         return False
     n_heads, n_queries, head_dim = q.shape
     if n_heads // view.n_kv_heads > COLUMNS:
         return False
-    table, runs, key_starts, most_keys, reach = _tables(segments, policy)
-    angles = angle_table(rope, max(reach, q_start + n_queries - min(base)))
+    base = segments.base
+    angles = angle_table(rope, max(segments.reach, q_start + n_queries - min(base)))
     if angles is None:
         return False
     positions = np.arange(q_start, q_start + n_queries) - np.array(base)[:, None]
     tiles = query_tiles(
         q, positions, angles, 1, scale / math.log(2.0), view.n_kv_heads, repeat_first=False
     )
-    most_keys = -(-most_keys // LANES) * LANES
+    most_keys = -(-segments.most_keys // LANES) * LANES
     columns = COLUMNS if n_queries > 1 else n_heads // view.n_kv_heads
     size = np.array([q_start, n_queries, n_heads], dtype=np.int64)
     arguments = (
-        o.numpy(), lse.numpy(), size, table, runs, key_starts, tiles, *angles, pages.book,
+        o.numpy(), lse.numpy(), size, segments.table, segments.runs, segments.key_starts,
+        _rules(policy), tiles, *angles, pages.book,
     )  # fmt: skip
     with POOL.lock:
         keys = POOL.scratch("attend-k", (most_keys, head_dim))
@@ -83,52 +91,20 @@ def attend(
     return True
 
 
-def _tables(
-    segments: Sequence[Segment], policy: LayerPolicy
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-    """Segments as one int64 table, their runs and key starts flat; the most keys of a segment, and
-    one past the largest key position.
-
-    Columns: offset of runs, heads of runs, runs, tokens of a run, offset of key starts, heads of
-    key starts, renumbered, then visibility: least token, window (keys p - window < t), gap (keys
-    t <= p - gap), one past the greatest token.
-    """
+def _rules(policy: LayerPolicy) -> np.ndarray:
+    """Visibility by kind of segment, int64 [kind, 4]: least token, window (keys p - window < t), gap
+    (keys t <= p - gap), one past the greatest token."""
     window = _FAR if policy.dense else policy.window
     rules = {
         "sink": (0, _FAR, policy.window, policy.sink),
         "selected": (policy.sink, _FAR, policy.window, _FAR),
         "window": (0, window, 0, _FAR),
     }
-    rows: list[tuple[int, ...]] = []
-    all_runs: list[np.ndarray] = []
-    all_starts: list[int] = []
-    n_runs = n_starts = most_keys = reach = 0
-    for s in segments:
-        heads, n = s.runs.shape
-        rows.append(
-            (n_runs, heads, n, s.block_tokens, n_starts, len(s.key_start), int(s.renumbered),
-             *rules[s.kind])
-        )  # fmt: skip
-        all_runs.append(s.runs.reshape(-1))
-        all_starts += s.key_start
-        n_runs += heads * n
-        n_starts += len(s.key_start)
-        most_keys = max(most_keys, n * s.block_tokens)
-        span = n * s.block_tokens
-        if not s.renumbered:
-            span = int((s.runs.max(axis=1) - s.runs[:, 0]).max()) + s.block_tokens
-        reach = max(reach, max(s.key_start) + span)
-    return (
-        np.array(rows, dtype=np.int64),
-        np.concatenate(all_runs),
-        np.array(all_starts, dtype=np.int64),
-        most_keys,
-        reach,
-    )
+    return np.array([rules[kind] for kind in KINDS], dtype=np.int64)
 
 
 @compiled
-def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, sin, book, keys,
+def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, rules, tiles, cos, sin, book, keys,
             values, logits, spans):  # fmt: skip
     n_kv_heads = tiles.shape[0]
     n_segments = table.shape[0]
@@ -136,14 +112,16 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, s
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
+            leave(address(state) + 8 * LEFT)
             return
         # windows come last and are the largest: begin with them
         s = n_segments - 1 - task // n_kv_heads
         head = task % n_kv_heads
-        n_keys = _gather(s, head, n_kv_heads, size, table, runs, key_starts, at_cos, at_sin, at_book,
-                         keys, values, spans)  # fmt: skip
+        n_keys = _gather(s, head, n_kv_heads, size, table, runs, key_starts, rules, at_cos, at_sin,
+                         at_book, keys, values, spans)  # fmt: skip
         if n_keys < 0:
-            state[1] = 1
+            state[FAILED] = 1
+            leave(address(state) + 8 * LEFT)
             return
         if size[1] > 1:
             many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
@@ -152,19 +130,20 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, tiles, cos, s
 
 
 @compiled
-def _gather(s, head, n_kv_heads, size, table, runs, key_starts, cos, sin, book, keys, values,
-            spans):  # fmt: skip
+def _gather(s, head, n_kv_heads, size, table, runs, key_starts, rules, cos, sin, book, keys,
+            values, spans):  # fmt: skip
     """Rotated keys, values, and the range of queries [spans[i, 0], spans[i, 1]) that see key i.
 
     Returns the number of keys, -1 if a page is absent.
     """
     q_start, n_queries = size[0], size[1]
-    n_runs, run_tokens = table[s, 2], table[s, 3]
-    first_run = table[s, 0] + (head * table[s, 1] // n_kv_heads) * n_runs
-    position = key_starts[table[s, 4] + head * table[s, 5] // n_kv_heads]
+    n_runs, run_tokens = table[s, N_RUNS], table[s, RUN_TOKENS]
+    first_run = table[s, RUNS_AT] + (head * table[s, HEADS] // n_kv_heads) * n_runs
+    position = key_starts[s, head * key_starts.shape[1] // n_kv_heads]
     first_token = runs[first_run]
-    renumbered = table[s, 6] == 1
-    least, window, gap, bound = table[s, 7], table[s, 8], table[s, 9], table[s, 10]
+    renumbered = table[s, RENUMBERED] == 1
+    rule = rules[table[s, KIND]]
+    least, window, gap, bound = rule[0], rule[1], rule[2], rule[3]
     # beyond the last query, or never written: may hold anything
     limit = min(q_start + n_queries, n_tokens_of(book))
     to_value = value_offset(book) * (VALUE - KEY)

@@ -24,6 +24,7 @@ from .cpu_pages import (
     load_row,
     page_address,
 )
+from .cpu_pool import FAILED
 from .cpu_tiles import ROWS, dots_1x1, dots_1x3, dots_1x6, max_dot_6
 
 TILE = 8 * ROWS
@@ -108,7 +109,7 @@ def descend(state, head, kv_head, starts, base, scores, queries, cos, sin, setti
                     at = _key_row(token, starts[c], base[c], at_rows + 4 * i * head_dim, kv_head, keys,
                                   cos, sin, book)  # fmt: skip
                     if at == 0:
-                        state[1] = 1
+                        state[FAILED] = 1
                         return
                     found_at[i] = at
                 query = at_query if side == 0 else at_query_right
@@ -169,7 +170,7 @@ def every_token(state, kv_head, starts, base, scores, queries, cos, sin, setting
                     prefetch(ahead + j * row_bytes + line)
             key = _key_row(start + j, start, base[c], at_key, kv_head, keys, cos, sin, book)  # fmt: skip
             if key == 0:
-                state[1] = 1
+                state[FAILED] = 1
                 return
             r = 0
             while r < n_rows:

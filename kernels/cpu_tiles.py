@@ -197,15 +197,3 @@ def softmax_row(typing: Any, s: Any, n_tiles: Any, top_out: Any, total_out: Any)
         return context.get_dummy_value()
 
     return _void(4), codegen
-
-
-@intrinsic
-def take_ticket(typing: Any, counter: Any) -> Any:
-    """Atomically add 1 to the int64 at an address; returns its old value."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emit(builder)
-        pointer = e.pointer(args[0], e.index(0), ir.IntType(64), 8)
-        return builder.atomic_rmw("add", pointer, e.index(1), "monotonic")
-
-    return types.int64(types.int64), codegen

@@ -5,8 +5,9 @@ from __future__ import annotations
 from .attend import attend_segments, mass_kept, merge_partials
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
-from .plan import Segment, plan_attend, touched_pages
+from .plan import plan_attend
 from .rope import Rope
+from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
 from .selection import Selection, candidate_end
 from .summaries import SummarySource, chunk_summaries
@@ -16,6 +17,7 @@ __all__ = [
     "PagedKV",
     "Rope",
     "Segment",
+    "Segments",
     "Selection",
     "SummarySource",
     "attend_segments",

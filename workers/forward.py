@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.stage import QUERY_BLOCK, LayerPolicy
 from ..kernels.ops import (
     Rope,
-    Segment,
+    Segments,
     Selection,
     attend_segments,
     mass_kept,
@@ -92,7 +92,7 @@ class LayerAttention:
 
     def segments(
         self, layer: int, q_start: int, n_queries: int, selection: Selection | None
-    ) -> list[Segment]:
+    ) -> Segments:
         page_tokens = self.flow.geometry.page_tokens
         return plan_attend(q_start, n_queries, selection, self.policies[layer], page_tokens)
 
@@ -102,7 +102,7 @@ class LayerAttention:
         row: Row,
         q: Tensor,
         q_start: int,
-        segments: Sequence[Segment],
+        segments: Segments,
         scale: float,
     ) -> Tensor:
         """Attention over segments in as many passes as the bank needs; q, result [H, Tq, D].
@@ -131,27 +131,25 @@ class LayerAttention:
         return merged
 
     def _passes(
-        self, layer: int, row: Row, segments: Sequence[Segment]
-    ) -> list[tuple[list[Segment], np.ndarray]]:
+        self, layer: int, row: Row, segments: Segments
+    ) -> list[tuple[Segments, np.ndarray]]:
         """Consecutive segments whose leaves fit into the bank together, with those leaves."""
         everything = self._leaves(row, segments)
         if self.flow.fits(layer, everything):
-            return [(list(segments), everything)]
-        per_segment = [self._leaves(row, [segment]) for segment in segments]
-        passes: list[tuple[list[Segment], np.ndarray]] = []
-        group: list[Segment] = []
-        leaves = np.empty(0, dtype=np.int64)
-        for segment, mine in zip(segments, per_segment, strict=True):
+            return [(segments, everything)]
+        passes: list[tuple[Segments, np.ndarray]] = []
+        first, leaves = 0, np.empty(0, dtype=np.int64)
+        for i in range(len(segments)):
+            mine = self._leaves(row, segments[i : i + 1])
             together = np.union1d(leaves, mine)
-            if group and not self.flow.fits(layer, together):
-                passes.append((group, leaves))
-                group, together = [], mine
-            group.append(segment)
+            if i > first and not self.flow.fits(layer, together):
+                passes.append((segments[first:i], leaves))
+                first, together = i, mine
             leaves = together
-        passes.append((group, leaves))
+        passes.append((segments[first:], leaves))
         return passes
 
-    def _leaves(self, row: Row, segments: Sequence[Segment]) -> np.ndarray:
+    def _leaves(self, row: Row, segments: Segments) -> np.ndarray:
         """Distinct leaf numbers that segments touch, ascending."""
         n_kv_heads = self.flow.geometry.n_kv_heads
         page_ids = np.asarray(row.page_ids, dtype=np.int64)
@@ -250,7 +248,7 @@ class DecodeStep:
         row: Row,
         q: Tensor,
         position: int,
-        segments: Sequence[Segment],
+        segments: Segments,
         scale: float,
     ) -> None:
         attention = self._attention

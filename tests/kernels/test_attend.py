@@ -13,7 +13,7 @@ from longreach.kernels import reference
 from longreach.kernels.ops import (
     PagedKV,
     Rope,
-    Segment,
+    Segments,
     Selection,
     attend_segments,
     mass_kept,
@@ -31,7 +31,7 @@ def policy_of(stages: tuple[Stage, ...] = STAGES, **more: Any) -> LayerPolicy:
 
 def run(
     q: torch.Tensor, q_start: int, view: PagedKV, policy: LayerPolicy, rope: Rope, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, Selection | None, list[Segment]]:
+) -> tuple[torch.Tensor, torch.Tensor, Selection | None, Segments]:
     selection = None if policy.dense else select_blocks(q, q_start, view, policy, rope)
     segments = plan_attend(q_start, q.shape[1], selection, policy, view.page_tokens)
     o, lse = attend_segments(q, q_start, view, segments, policy, rope, scale)
@@ -143,11 +143,11 @@ def test_pages_of_other_segments_need_not_be_present(path, paged, rope):
         row = torch.full_like(view.row, -1)
         row[:, list(segment.pages[0])] = view.row[:, list(segment.pages[0])]
         bank = PagedKV(view.memories, view.memory, row, 64, 1088)
-        part, _ = attend_segments(q, 1024, bank, [segment], policy, rotary, 0.125)
+        part, _ = attend_segments(q, 1024, bank, segments[i : i + 1], policy, rotary, 0.125)
         assert torch.equal(part[0], o[i])
         row[:, segment.pages[0][0]] = -1
         with pytest.raises(InternalError, match="absent"):
-            attend_segments(q, 1024, bank, [segment], policy, rotary, 0.125)
+            attend_segments(q, 1024, bank, segments[i : i + 1], policy, rotary, 0.125)
 
 
 def test_rows_that_see_nothing(path, paged, rope):
@@ -156,11 +156,11 @@ def test_rows_that_see_nothing(path, paged, rope):
     view, _, _ = paged(k, v, 32)
     policy, rotary, q = policy_of(), rope(32), torch.randn(4, 64, 32)
     selection = select_blocks(q, 128, view, policy, rotary)
-    sink = plan_attend(128, 64, selection, policy, 32)[0]
-    assert sink.kind == "sink"
-    o, lse = attend_segments(q, 140, view, [sink], policy, rotary, 0.2)
+    sink = plan_attend(128, 64, selection, policy, 32)[:1]
+    assert sink[0].kind == "sink"
+    o, lse = attend_segments(q, 140, view, sink, policy, rotary, 0.2)
     assert bool(torch.isfinite(o).all())
-    early = attend_segments(q[:, :20], 100, view, [sink], policy, rotary, 0.2)
+    early = attend_segments(q[:, :20], 100, view, sink, policy, rotary, 0.2)
     assert bool((early[0] == 0).all())
     assert bool((early[1] == -torch.inf).all())
     assert bool((lse > -torch.inf).all())
