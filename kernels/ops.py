@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attend import attend_segments, mass_kept, merge_partials
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
-from .plan import plan_attend
+from .plan import advance, plan_attend
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
@@ -20,6 +20,7 @@ __all__ = [
     "Segments",
     "Selection",
     "SummarySource",
+    "advance",
     "attend_segments",
     "candidate_end",
     "chunk_summaries",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..core.errors import InternalError
 from ..core.stage import LayerPolicy
-from .segments import KINDS, Segments
+from .segments import KIND, KINDS, Segments
 from .selection import Selection
 
 GROUP = 8
@@ -61,6 +61,31 @@ def plan_attend(
     window_start = max(0, q_start - policy.window + 1)
     parts.append(_windows(window_start, q_last, page_tokens, base))
     return _join(parts, base, page_tokens)
+
+
+def advance(
+    segments: Segments, selection: Selection, policy: LayerPolicy, q_from: int, q_to: int
+) -> Segments | None:
+    """`plan_attend` of one query at q_to, from that of one query at q_from with the same selection.
+
+    None where more than distances changed: a page entered or left the window, a block its shadow.
+    """
+    page_tokens = segments.page_tokens
+    first = [max(0, q - policy.window + 1) // page_tokens for q in (q_from, q_to)]
+    if first[0] != first[1] or q_from // page_tokens != q_to // page_tokens:
+        return None
+    seen = [q - policy.window for q in (q_from, q_to)]
+    if min(policy.sink, seen[0] + 1) != min(policy.sink, seen[1] + 1):
+        return None
+    blocks = selection.blocks.numpy()
+    if ((blocks > seen[0]) & (blocks <= seen[1])).any():
+        return None
+    base = _base(q_to, selection, policy)
+    if base == segments.base:
+        return segments
+    starts = segments.key_starts.copy()
+    starts[segments.table[:, KIND] == _WINDOW] -= np.array(base) - np.array(segments.base)
+    return replace(segments, key_starts=starts, base=base)
 
 
 def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int, ...]:

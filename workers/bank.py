@@ -11,6 +11,7 @@ from ..kvstore.page import PageGeometry
 from .memory import huge_zeros
 
 TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_RAW = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 class Bank:
@@ -26,6 +27,8 @@ class Bank:
         # zeros: untouched slots must never hold NaN that a masked product could spread
         self.tensor = huge_zeros(shape, TORCH_DTYPE[geometry.kv_dtype])
         self.layers: tuple[Tensor, ...] = tuple(self.tensor.unbind(0))
+        # numpy knows no bfloat16; and torch would wake its threads for a few bytes
+        self._raw = self.tensor.view(_RAW[self.tensor.dtype]).numpy()
         self._bytes = (
             self.tensor.view(torch.uint8)
             .numpy()
@@ -39,10 +42,10 @@ class Bank:
 
         slots, offset: int64 [Hkv, T], the slot and place inside it of each token; k, v [Hkv, T, D].
         """
-        bank = self.layers[layer]
-        slot, place = torch.from_numpy(slots), torch.from_numpy(offset)
-        bank[slot, 0, place] = k.to(bank.dtype)
-        bank[slot, 1, place] = v.to(bank.dtype)
+        raw = self._raw[layer]
+        for side, values in enumerate((k, v)):
+            rounded = values.detach().to(self.tensor.dtype).contiguous()
+            raw[slots, side, offset] = rounded.view(_RAW[rounded.dtype]).numpy()
 
     def load(self, layer: int, slots: np.ndarray, memory: Tensor, rows: np.ndarray) -> None:
         """Copy leaves out of a mapped memory [n_rows, 2, P, D] into slots."""

@@ -213,7 +213,7 @@ class Engine:
         row.stats.pages_recomputed += len(row.page_ids)
         row.replay, row.tokens = [*row.tokens, *row.replay[len(row.tokens) :]], []
         self._close(row)
-        row.selections = []
+        row.selections, row.plans = [], []
         row.n_done = 0
         row.state = RowState.QUEUED
 
@@ -239,6 +239,7 @@ class Engine:
         row.stats.tokens_reused = row.n_done
         row.stats.pages_context = len(row.keys)
         row.selections = [None] * len(self._policies)
+        row.plans = [None] * len(self._policies)
         row.state = RowState.PREFILL
         self._emit(row, "progress", row.progress())
 

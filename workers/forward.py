@@ -14,6 +14,7 @@ from ..kernels.ops import (
     Rope,
     Segments,
     Selection,
+    advance,
     attend_segments,
     mass_kept,
     merge_partials,
@@ -22,7 +23,7 @@ from ..kernels.ops import (
     touched_pages,
 )
 from .page_flow import PageFlow
-from .row import Row
+from .row import DecodePlan, Row
 from .scheduler import refresh_level
 from .summary_index import SummaryIndex
 
@@ -103,16 +104,21 @@ class LayerAttention:
         q: Tensor,
         q_start: int,
         segments: Segments,
+        leaves: np.ndarray,
         scale: float,
     ) -> Tensor:
         """Attention over segments in as many passes as the bank needs; q, result [H, Tq, D].
 
-        Partials are merged once, in segment order, so the number of passes never changes the bits.
+        leaves: `leaves_of` the segments. Partials are merged once, in segment order, so the number of
+        passes never changes the bits.
         """
         outs: list[Tensor] = []
         lses: list[Tensor] = []
-        for group, leaves in self._passes(layer, row, segments):
-            self.flow.make_resident(layer, row, leaves)
+        resident = self.flow.touch(layer, row, leaves)
+        passes = [(segments, leaves)] if resident else self._passes(layer, row, segments, leaves)
+        for group, mine in passes:
+            if not resident:
+                self.flow.make_resident(layer, row, mine)
             started = time.monotonic()
             view = self.flow.bank_view(layer, row, q_start + q.shape[1])
             out, lse = attend_segments(
@@ -131,16 +137,15 @@ class LayerAttention:
         return merged
 
     def _passes(
-        self, layer: int, row: Row, segments: Segments
+        self, layer: int, row: Row, segments: Segments, everything: np.ndarray
     ) -> list[tuple[Segments, np.ndarray]]:
         """Consecutive segments whose leaves fit into the bank together, with those leaves."""
-        everything = self._leaves(row, segments)
         if self.flow.fits(layer, everything):
             return [(segments, everything)]
         passes: list[tuple[Segments, np.ndarray]] = []
         first, leaves = 0, np.empty(0, dtype=np.int64)
         for i in range(len(segments)):
-            mine = self._leaves(row, segments[i : i + 1])
+            mine = self.leaves_of(row, segments[i : i + 1])
             together = np.union1d(leaves, mine)
             if i > first and not self.flow.fits(layer, together):
                 passes.append((segments[first:i], leaves))
@@ -149,10 +154,10 @@ class LayerAttention:
         passes.append((segments[first:], leaves))
         return passes
 
-    def _leaves(self, row: Row, segments: Segments) -> np.ndarray:
+    def leaves_of(self, row: Row, segments: Segments) -> np.ndarray:
         """Distinct leaf numbers that segments touch, ascending."""
         n_kv_heads = self.flow.geometry.n_kv_heads
-        page_ids = np.asarray(row.page_ids, dtype=np.int64)
+        page_ids = row.page_ids.array
         head, page = np.nonzero(touched_pages(segments, n_kv_heads, len(page_ids)))
         return np.sort(page_ids[page] * n_kv_heads + head)
 
@@ -188,7 +193,8 @@ class PrefillStep:
             block = q[:, at].contiguous()
             selection = attention.select(layer, row, block, first, check=False)
             segments = attention.segments(layer, first, last - first, selection)
-            merged = attention.attend(layer, row, block, first, segments, scale)
+            leaves = attention.leaves_of(row, segments)
+            merged = attention.attend(layer, row, block, first, segments, leaves, scale)
             out[at] = merged.transpose(0, 1)
 
 
@@ -226,11 +232,26 @@ class DecodeStep:
         )
         selection = attention.select(layer, row, q, position, previous, level)
         row.selections[layer] = selection
-        segments = attention.segments(layer, position, 1, selection)
-        out = attention.attend(layer, row, q, position, segments, scale)
+        plan = self._plan(layer, row, position, selection)
+        out = attention.attend(layer, row, q, position, plan.segments, plan.leaves, scale)
         if self._audited(layer, row, position):
-            self._audit(layer, row, q, position, segments, scale)
+            self._audit(layer, row, q, position, plan.segments, scale)
         return out[:, 0]
+
+    def _plan(self, layer: int, row: Row, position: int, selection: Selection | None) -> DecodePlan:
+        """What to attend to; while only distances change, what the token before attended to."""
+        attention, before = self._attention, row.plans[layer]
+        segments = None
+        if before is not None and before.selection is selection and selection is not None:
+            policy = attention.policies[layer]
+            segments = advance(before.segments, selection, policy, before.position, position)
+        if segments is not None and before is not None:
+            leaves = before.leaves
+        else:
+            segments = attention.segments(layer, position, 1, selection)
+            leaves = attention.leaves_of(row, segments)
+        row.plans[layer] = plan = DecodePlan(position, selection, segments, leaves)
+        return plan
 
     def _audited(self, layer: int, row: Row, position: int) -> bool:
         """One layer of every audit_interval-th step, walking over layers (deterministic)."""

@@ -89,6 +89,29 @@ class RowLinear(nn.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
+class RowNorm(nn.Module):
+    """RMSNorm as the model's own, with the same bits, in one operation."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = source.weight, float(source.variance_epsilon)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)  # type: ignore[arg-type]
+
+
+def _replace_norms(model: nn.Module) -> None:
+    """Only modules that compute just this on a trial: a model may scale otherwise (1 + weight)."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if not hasattr(child, "variance_epsilon") or not hasattr(child, "weight"):
+                continue
+            ours = RowNorm(child)
+            trial = torch.linspace(-2, 2, child.weight.numel())[None]  # type: ignore[union-attr, operator]
+            if torch.equal(ours(trial), child(trial)):
+                setattr(parent, name, ours)
+
+
 class _Share(nn.Module):
     """One output of a joint RowLinear. The first share that sees an input computes all of them."""
 
@@ -146,6 +169,7 @@ class ModelAdapter:
         model.model.rotary_emb = _IdentityRotary()
         self._mode = {"decode": False}
         _replace_linears(model, self._mode)
+        _replace_norms(model)
         self._model = model
         self.n_layers = int(self.config.num_hidden_layers)
         self.n_heads = int(self.config.num_attention_heads)

@@ -25,6 +25,7 @@ from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
 from .bank import TORCH_DTYPE, Bank
 from .local_pages import LocalPages
+from .page_list import PageList
 from .residency import Residency
 from .row import Row
 
@@ -96,7 +97,7 @@ class PageFlow:
             n_here += 1
         if n_here < len(keys) and keys[n_here] in self._claims:
             return keys[n_here]
-        row.page_ids = [self.pages.page_of_key[key] for key in keys[:n_here]]
+        row.page_ids = PageList([self.pages.page_of_key[key] for key in keys[:n_here]])
         for page_id in row.page_ids:
             self.pages.retain(page_id)
         if self._client is not None and n_here < len(keys):
@@ -143,7 +144,7 @@ class PageFlow:
                 self._forget(page_id)
             if ended is not None and self._client is not None:
                 self._client.release(ended)
-        row.page_ids = []
+        row.page_ids = PageList()
         if self._client is not None and row.private_keys:
             # a page that is still being written would outlive a drop that overtakes it
             writing = {write.key for write in self._writes}.intersection(row.private_keys)
@@ -232,11 +233,11 @@ class PageFlow:
         if skip >= n_tokens:
             return
         positions = np.arange(start + skip, start + n_tokens)
-        pages = np.asarray(row.page_ids, dtype=np.int64)[positions // page_tokens]
+        pages = row.page_ids.array[positions // page_tokens]
         leaves = pages[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
         slots = self.residency[layer].slots_of(leaves)
         offsets = np.broadcast_to(positions % page_tokens, slots.shape)
-        self.bank.write(layer, slots, np.array(offsets), k[:, skip:], v[:, skip:])
+        self.bank.write(layer, slots, offsets, k[:, skip:], v[:, skip:])
 
     def complete(self, row: Row, start: int, end: int) -> None:
         """Pages that filled up with tokens start … end in all layers go to the store, behind us."""
@@ -344,7 +345,7 @@ class PageFlow:
 
         What is read in place is noted, for `mend_in_place` to check.
         """
-        page_ids = np.asarray(row.page_ids, dtype=np.int64)
+        page_ids = row.page_ids.array
         leaves = page_ids[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
         slots = self.residency[layer].slots_of(leaves)
         absent = slots < 0
@@ -399,7 +400,7 @@ class PageFlow:
 
     def bank_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
         """The row's pages as far as they are in the bank (-1 where absent)."""
-        page_ids = np.asarray(row.page_ids, dtype=np.int64)
+        page_ids = row.page_ids.array
         leaves = page_ids[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
         rows = self.residency[layer].slots_of(leaves)
         return self._view(layer, np.zeros_like(rows), rows, n_tokens)
@@ -415,12 +416,19 @@ class PageFlow:
 
     def pages_on_device(self, row: Row) -> int:
         """Most pages of this row that the bank of any layer holds now."""
-        leaves = self._leaves(np.asarray(row.page_ids, dtype=np.int64))
+        leaves = self._leaves(row.page_ids.array)
         resident = [int((r.slots_of(leaves) >= 0).sum()) for r in self.residency]
         return max(resident, default=0) // self.geometry.n_kv_heads
 
     def fits(self, layer: int, leaves: np.ndarray) -> bool:
         return self.residency[layer].fits(leaves)
+
+    def touch(self, layer: int, row: Row, leaves: np.ndarray) -> bool:
+        """Use distinct leaves again if all are resident; otherwise nothing changes."""
+        if not self.residency[layer].touch(leaves):
+            return False
+        row.stats.bank_hits += len(leaves)
+        return True
 
     def make_resident(self, layer: int, row: Row, leaves: np.ndarray) -> None:
         """Bring distinct leaves into the bank, each checked against its checksum after the copy.

@@ -10,10 +10,11 @@ import numpy as np
 
 from ..core.page_key import PageKey
 from .detokenizer import Detokenizer
+from .page_list import PageList
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from ..kernels.ops import Selection
+    from ..kernels.ops import Segments, Selection
 
 
 class RowState(StrEnum):
@@ -75,6 +76,17 @@ class RowRequest:
     """Prompt tokens that a previous attempt had in place; pages of them that are gone are counted."""
 
 
+@dataclass(frozen=True)
+class DecodePlan:
+    """What one decoded token read in one layer: most tokens read the same as the one before."""
+
+    position: int
+    selection: Selection | None
+    segments: Segments
+    leaves: np.ndarray
+    """int64, ascending: distinct leaf numbers that the segments touch."""
+
+
 @dataclass
 class Row:
     """A request under way. Positions count tokens of prompt and answer together."""
@@ -86,7 +98,7 @@ class Row:
     order: int
     """Arrival number: earlier rows go first, and rows wait only for earlier ones."""
     state: RowState = RowState.QUEUED
-    page_ids: list[int] = field(default_factory=list)
+    page_ids: PageList = field(default_factory=PageList)
     n_existing_pages: int = 0
     """Leading pages whose KV existed when the row was opened: never written again."""
     n_unreadable_pages: int = 0
@@ -98,6 +110,8 @@ class Row:
     """Tokens of a former attempt, fed again in decode mode before new ones are chosen."""
     text: Detokenizer | None = None
     selections: list[Selection | None] = field(default_factory=list)
+    plans: list[DecodePlan | None] = field(default_factory=list)
+    """Per layer, how the latest token attended."""
     private_keys: list[PageKey] = field(default_factory=list)
     stats: RowStats = field(default_factory=RowStats)
     prefill_started_s: float | None = None
