@@ -27,151 +27,124 @@ class Fact:
         return self.answer.lower() in text.lower()
 
 
-FACTS = (
-    Fact(
-        "The captain of the Silver Heron was named",
-        "Osric Valdemar",
-        "What was the captain of the Silver Heron named?",
+DOCUMENT_FACTS = (
+    (
+        Fact(
+            "The captain of the Silver Heron was named",
+            "Osric Valdemar",
+            "What was the captain of the Silver Heron named?",
+        ),
+        Fact(
+            "The combination of the iron safe is",
+            "71-04-36",
+            "What is the combination of the iron safe?",
+        ),
+        Fact(
+            "The code name of the expedition was",
+            "Operation Marmalade",
+            "What was the code name of the expedition?",
+        ),
+        Fact(
+            "The favourite horse of the queen was called",
+            "Thunderbell",
+            "What was the favourite horse of the queen called?",
+        ),
+        Fact(
+            "The licence plate of the stolen van was",
+            "KRT 4907",
+            "What was the licence plate of the stolen van?",
+        ),
     ),
-    Fact(
-        "The combination of the iron safe is",
-        "71-04-36",
-        "What is the combination of the iron safe?",
+    (
+        Fact(
+            "The telephone number of the ferry office is",
+            "555-8042",
+            "What is the telephone number of the ferry office?",
+        ),
+        Fact(
+            "The password of the smugglers was",
+            "purple walnut",
+            "What was the password of the smugglers?",
+        ),
+        Fact(
+            "The parrot of the harbour master was called",
+            "Captain Crackers",
+            "What was the parrot of the harbour master called?",
+        ),
+        Fact(
+            "The mountain hut at the pass is owned by",
+            "the Brotherhood of Lanterns",
+            "Who owns the mountain hut at the pass?",
+        ),
+        Fact(
+            "The first woman to cross the desert alone was",
+            "Harriet Okonkwo",
+            "Who was the first woman to cross the desert alone?",
+        ),
     ),
-    Fact(
-        "The youngest member of the choir was",
-        "Philippa Grange",
-        "Who was the youngest member of the choir?",
+    (
+        Fact(
+            "The secret name of the river spirit is",
+            "Mirabelle",
+            "What is the secret name of the river spirit?",
+        ),
+        Fact(
+            "The flight to Port Amber has the number",
+            "XQ 318",
+            "What number has the flight to Port Amber?",
+        ),
+        Fact(
+            "The inventor of the glass violin was",
+            "Casimir Dunlop",
+            "Who was the inventor of the glass violin?",
+        ),
+        Fact(
+            "The lawyer's post office box bears the number",
+            "6613",
+            "Which number does the lawyer's post office box bear?",
+        ),
+        Fact(
+            "The secret tunnel begins behind",
+            "the bakery oven",
+            "Where does the secret tunnel begin?",
+        ),
     ),
-    Fact(
-        "The telephone number of the ferry office is",
-        "555-8042",
-        "What is the telephone number of the ferry office?",
-    ),
-    Fact(
-        "The first woman to cross the desert alone was",
-        "Harriet Okonkwo",
-        "Who was the first woman to cross the desert alone?",
-    ),
-    Fact(
-        "The favourite horse of the queen was called",
-        "Thunderbell",
-        "What was the favourite horse of the queen called?",
-    ),
-    Fact(
-        "The inventor of the glass violin was",
-        "Casimir Dunlop",
-        "Who was the inventor of the glass violin?",
-    ),
-    Fact(
-        "The licence plate of the stolen van was",
-        "KRT 4907",
-        "What was the licence plate of the stolen van?",
-    ),
-    Fact(
-        "The mountain hut at the pass is owned by",
-        "the Brotherhood of Lanterns",
-        "Who owns the mountain hut at the pass?",
-    ),
-    Fact(
-        "The observatory on the hill was founded by",
-        "Professor Zelinka",
-        "Who founded the observatory on the hill?",
-    ),
-    Fact(
-        "The winner of the chess tournament was",
-        "Leopold Finch",
-        "Who was the winner of the chess tournament?",
-    ),
-    Fact(
-        "The flight to Port Amber has the number",
-        "XQ 318",
-        "What number has the flight to Port Amber?",
-    ),
-    Fact(
-        "The ship's cat answered to the name of",
-        "Admiral Biscuit",
-        "To which name did the ship's cat answer?",
-    ),
-    Fact(
-        "The shipwreck off Cape Sorrow was discovered by",
-        "Ignatius Thorne",
-        "Who discovered the shipwreck off Cape Sorrow?",
-    ),
-    Fact(
-        "The locomotive of the Kestrel Bay line bears the number",
-        "29461",
-        "Which number does the locomotive of the Kestrel Bay line bear?",
-    ),
-    Fact(
-        "The code name of the expedition was",
-        "Operation Marmalade",
-        "What was the code name of the expedition?",
-    ),
-    Fact(
-        "The password of the smugglers was",
-        "purple walnut",
-        "What was the password of the smugglers?",
-    ),
-    Fact(
-        "The comet of that summer was first seen by",
-        "Beatrix Holloway",
-        "Who first saw the comet of that summer?",
-    ),
-    Fact(
-        "The lawyer's post office box bears the number",
-        "6613",
-        "Which number does the lawyer's post office box bear?",
-    ),
-    Fact(
-        "The dragon in the puppet play is called",
-        "Fizzlewick",
-        "What is the dragon in the puppet play called?",
-    ),
-    Fact(
-        "The largest bell of the monastery weighs",
-        "8250 pounds",
-        "How much does the largest bell of the monastery weigh?",
-    ),
-    Fact(
-        "The soup of the pilots was first cooked by",
-        "Tilda Osterberg",
-        "Who first cooked the soup of the pilots?",
-    ),
-    Fact(
-        "The divers named their yellow submarine",
-        "Blue Pelican",
-        "How did the divers name their yellow submarine?",
-    ),
-    Fact(
-        "The secret name of the river spirit is",
-        "Mirabelle",
-        "What is the secret name of the river spirit?",
-    ),
-    Fact(
-        "The duke signed his letters with the word",
-        "Nightingale",
-        "With which word did the duke sign his letters?",
-    ),
-    Fact(
-        "The account number of the orphanage is",
-        "40-7719",
-        "What is the account number of the orphanage?",
-    ),
-    Fact(
-        "The tallest giant of the old legend was known as",
-        "Grumbold",
-        "As what was the tallest giant of the old legend known?",
-    ),
-    Fact(
-        "The architect of the spiral library was",
-        "Ottoline Marsh",
-        "Who was the architect of the spiral library?",
+    (
+        Fact(
+            "The stolen crown was hidden in",
+            "a barrel of pickles",
+            "Where was the stolen crown hidden?",
+        ),
+        Fact(
+            "The observatory on the hill was founded by",
+            "Professor Zelinka",
+            "Who founded the observatory on the hill?",
+        ),
+        Fact(
+            "The largest bell of the monastery weighs",
+            "8250 pounds",
+            "How much does the largest bell of the monastery weigh?",
+        ),
+        Fact(
+            "The favourite dish of the emperor was",
+            "roasted chestnuts",
+            "What was the favourite dish of the emperor?",
+        ),
+        Fact(
+            "The sheepdog of the monastery was called",
+            "Bartholomew",
+            "What was the sheepdog of the monastery called?",
+        ),
     ),
 )
+"""Five facts for each of the four documents: answers of different kinds (a person, a number, an
+animal, a place, a word), because a small model takes one name for another in any text.
 
-DOCUMENT_FACTS = tuple(FACTS[5 * i : 5 * i + 5] for i in range(4))
-"""Five facts for each of the four documents."""
+Chosen by dense attention alone, from 44 candidates: those that it found in texts of 1,200 and of
+3,000 tokens. What is missed in a long text is then the long text's fault.
+"""
+
+FACTS = tuple(fact for facts in DOCUMENT_FACTS for fact in facts)
 
 _ANIMALS = ("silver fox", "grey whale", "green beetle", "brown bear", "white stork", "red squirrel")
 

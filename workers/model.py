@@ -100,7 +100,7 @@ class RowNorm(nn.Module):
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)  # type: ignore[arg-type]
 
 
-def _replace_norms(model: nn.Module) -> None:
+def replace_norms(model: nn.Module) -> None:
     """Only modules that compute just this on a trial: a model may scale otherwise (1 + weight)."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -169,7 +169,7 @@ class ModelAdapter:
         model.model.rotary_emb = _IdentityRotary()
         self._mode = {"decode": False}
         _replace_linears(model, self._mode)
-        _replace_norms(model)
+        replace_norms(model)
         self._model = model
         self.n_layers = int(self.config.num_hidden_layers)
         self.n_heads = int(self.config.num_attention_heads)

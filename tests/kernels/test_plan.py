@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
 from longreach.kernels.attend import key_positions, visible
-from longreach.kernels.ops import Segment, Selection, plan_attend, touched_pages
+from longreach.kernels.ops import Segment, Selection, advance, plan_attend, touched_pages
 from longreach.kernels.paged import block_token_ids
 
 
@@ -102,6 +102,37 @@ def test_dense_is_all_window():
     longer = plan_attend(2000, 1, None, policy, 16)
     for mine, theirs in zip(segments[:7], longer, strict=False):
         assert torch.equal(mine.starts, theirs.starts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_advancing_is_planning_again(data):
+    """Where `advance` answers, it answers what a new plan would be."""
+    window = data.draw(st.sampled_from([64, 100, 256]))
+    policy = LayerPolicy(
+        stages=(Stage(chunk=8, keep=64),),
+        sink=data.draw(st.sampled_from([0, 20, 64])),
+        window=window,
+        attend_rope=data.draw(st.sampled_from(["streaming", "none"])),
+    )
+    start = data.draw(st.integers(0, 900))
+    rows = [
+        sorted(data.draw(st.sets(st.integers(8, 120), max_size=20)))
+        for _ in range(data.draw(st.sampled_from([1, 2])))
+    ]
+    selection = selection_of(*[[8 * b for b in row] for row in rows])
+    segments, position, n_advanced = plan_attend(start, 1, selection, policy, 16), start, 0
+    for q in range(start + 1, start + 40):
+        moved = advance(segments, selection, policy, position, q)
+        fresh = plan_attend(q, 1, selection, policy, 16)
+        if moved is not None:
+            n_advanced += 1
+            for name in ("table", "runs", "run_tokens", "run_heads", "key_starts"):
+                assert np.array_equal(getattr(moved, name), getattr(fresh, name)), name
+            assert moved.base == fresh.base
+        segments, position = moved or fresh, q
+    if start > window + policy.sink:
+        assert n_advanced >= 20  # a page ends every 16 tokens, a block is seen every 8
 
 
 def test_touched_pages():

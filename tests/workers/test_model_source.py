@@ -9,7 +9,7 @@ import torch
 
 from longreach.core.config import load_config
 from longreach.core.errors import UnsupportedModel
-from longreach.workers.model import ModelAdapter, RowLinear
+from longreach.workers.model import ModelAdapter, RowLinear, RowNorm, replace_norms
 from longreach.workers.model_source import model_dir, model_geometry, recipe_for
 
 from .tiny import make_tiny, tiny_config
@@ -152,6 +152,36 @@ def test_linear_layers_give_a_row_the_same_bits_in_any_company(llama: Path) -> N
         whole = layer(x)
         for n_rows in range(1, 20):
             assert torch.equal(layer(x[:n_rows]), whole[:n_rows]), (decode, n_rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_every_norm_is_one_operation_with_the_models_own_bits(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = make_tiny(family, tmp_path)
+    theirs = dict(AutoModelForCausalLM.from_pretrained(directory).named_modules())
+    norms = {n: m for n, m in theirs.items() if type(m).__name__.endswith("RMSNorm")}
+    ours = dict(ModelAdapter(directory)._model.named_modules())
+    assert norms
+    for name, norm in norms.items():
+        assert type(ours[name]) is RowNorm, name
+        x = torch.randn(5, norm.weight.numel())
+        assert torch.equal(ours[name](x), norm(x))
+
+
+def test_a_norm_that_computes_something_else_stays() -> None:
+    class OffByOne(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(8))
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x, (8,), 1 + self.weight, self.variance_epsilon)
+
+    model = torch.nn.Sequential(OffByOne())
+    replace_norms(model)
+    assert type(model[0]) is OffByOne
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,21 @@ def test_any_history_keeps_slots_and_leaves_in_agreement(
         for leaf in range(31):
             assert int(residency.slots_of(leaves(leaf))[0]) == resident.get(leaf, -1)
         assert residency.n_unsafe == len(unsafe)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), max_size=30))
+def test_touching_is_planning_where_everything_is_resident(passes: list[set[int]]) -> None:
+    planned, touched = Residency(6), Residency(6)
+    for wanted in passes:
+        mine = leaves(*sorted(wanted))
+        before = touched.slots_of(mine).copy()
+        hit = touched.touch(mine)
+        assert hit == bool((before >= 0).all())
+        if not hit:
+            assert np.array_equal(touched.slots_of(mine), before)
+            touched.plan(mine)
+        plan = planned.plan(mine)
+        assert hit == (len(plan.leaves) == 0)
+        everything = leaves(*range(10))
+        assert np.array_equal(planned.slots_of(everything), touched.slots_of(everything))
