@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
-from .stage import QUERY_BLOCK, LayerPolicy
+from .stage import QUERY_BLOCK, LayerPolicy, question_start
 
 KvDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -45,6 +45,15 @@ class AttentionConfig(_Section):
         default=(LayerPolicy(attend_rope="none", sink=0, window=0),), min_length=1
     )
     """Layer policies; the default keeps every key (dense)."""
+    question_block: Literal[8, 16, 32, 64] = 64
+    """Queries that share one selection in the question (what follows the context, at most 256
+    tokens). 64 is the context's and the paper's: one mask then serves a whole question at once."""
+
+    def question_start(self, n_prompt: int, n_context: int) -> int:
+        """First token whose selection is made in blocks of `question_block`; n_prompt if none is."""
+        if not self.sparse or self.question_block == QUERY_BLOCK:
+            return n_prompt
+        return question_start(n_prompt, n_context)
 
     @property
     def sparse(self) -> bool:

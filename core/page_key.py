@@ -86,6 +86,24 @@ def page_keys(
     return keys
 
 
+def prompt_keys(
+    token_ids: Sequence[int] | np.ndarray,
+    question_start: int,
+    question_block: int,
+    recipe: RecipeFingerprint,
+    page_tokens: int,
+) -> list[PageKey]:
+    """Keys of a prompt's full pages. Those from question_start on were selected for in blocks of
+    question_block queries, so their KV has other bits than a context's: they bear other names."""
+    tokens = np.asarray(token_ids)
+    n_context = min(question_start // page_tokens, len(tokens) // page_tokens)
+    keys = page_keys(tokens[: n_context * page_tokens], recipe, page_tokens)
+    own = hashlib.sha256(recipe + b"question:" + msgpack.packb([question_start, question_block]))
+    parent = keys[-1] if keys else ROOT_KEY
+    rest = tokens[n_context * page_tokens :]
+    return keys + page_keys(rest, RecipeFingerprint(own.digest()), page_tokens, parent)
+
+
 def private_recipe(recipe: RecipeFingerprint, row_id: str) -> RecipeFingerprint:
     """Recipe of pages made while decoding: they belong to their row alone (DESIGN 6.4)."""
     return RecipeFingerprint(hashlib.sha256(recipe + b"row:" + row_id.encode()).digest())

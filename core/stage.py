@@ -22,6 +22,17 @@ _LAYERS = re.compile(r"all|rest|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", re.ASCII)
 QUERY_BLOCK = 64
 """Queries that share one selection; blocks are aligned to absolute positions (DESIGN 6.3)."""
 
+QUESTION_TOKENS = 256
+"""Most tokens at a prompt's end that count as its question."""
+
+
+def question_start(n_prompt: int, n_context: int) -> int:
+    """First token of the question, at the edge of a query block: what follows the context, at most
+    QUESTION_TOKENS. A prompt that is all context has none: n_prompt."""
+    if n_context >= n_prompt:
+        return n_prompt
+    return max(n_context, n_prompt - QUESTION_TOKENS) // QUERY_BLOCK * QUERY_BLOCK
+
 
 class Stage(BaseModel):
     """One pruning step: splits the surviving tokens into chunks and keeps the best chunks."""

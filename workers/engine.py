@@ -22,7 +22,7 @@ from ..core.errors import (
     LongreachError,
     as_longreach_error,
 )
-from ..core.page_key import RecipeFingerprint, page_keys
+from ..core.page_key import RecipeFingerprint, prompt_keys
 from ..core.stage import LayerPolicy
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient
@@ -32,7 +32,14 @@ from .model import ModelAdapter
 from .page_flow import PageFlow, PageLost
 from .row import Row, RowRequest, RowState
 from .sampling import sample
-from .scheduler import chunk_end, min_device_pages, plan_step, prefill_start, rows_that_fit
+from .scheduler import (
+    chunk_end,
+    min_device_pages,
+    plan_step,
+    prefill_start,
+    query_blocks,
+    rows_that_fit,
+)
 from .summary_index import SummaryIndex
 
 _log = logging.getLogger(__name__)
@@ -132,8 +139,16 @@ class Engine:
                 f"max_tokens ({request.sampling.max_tokens})"
             )
         self._order += 1
-        keys = page_keys(request.prompt, self._recipe, self._config.cache.page_tokens)
-        row = Row(request, keys, time.monotonic(), self._order)
+        attention = self._config.attention
+        question = attention.question_start(n_prompt, request.n_context_tokens)
+        keys = prompt_keys(
+            request.prompt,
+            question,
+            attention.question_block,
+            self._recipe,
+            self._config.cache.page_tokens,
+        )
+        row = Row(request, keys, question, time.monotonic(), self._order)
         row.stats.tokens_prompt = n_prompt
         row.replay = list(request.forced)
         self._rows[request.row_id] = row
@@ -248,7 +263,8 @@ class Engine:
         start = row.n_done
         end = chunk_end(start, row.n_prompt, self._chunk_tokens())
         self.flow.reserve(row, end)
-        step = PrefillStep(self._attention, row, start, end)
+        blocks = query_blocks(start, end, row.question_start, self._config.attention.question_block)
+        step = PrefillStep(self._attention, row, start, blocks)
         tokens = torch.from_numpy(row.request.prompt[start:end].astype("int64"))
         forward_started = time.monotonic()
         hidden = self._model.hidden(tokens, step, decode=False)

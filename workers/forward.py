@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.stage import QUERY_BLOCK, LayerPolicy
+from ..core.stage import LayerPolicy
 from ..kernels.ops import (
     Rope,
     Segments,
@@ -163,13 +163,16 @@ class LayerAttention:
 
 
 class PrefillStep:
-    """Attention of one chunk [start, end) of one row's prompt; start is a multiple of 64."""
+    """Attention of one chunk of one row's prompt, from `start` on, in blocks [first, last) of queries
+    that share a selection."""
 
-    def __init__(self, attention: LayerAttention, row: Row, start: int, end: int) -> None:
+    def __init__(
+        self, attention: LayerAttention, row: Row, start: int, blocks: Sequence[tuple[int, int]]
+    ) -> None:
         self._attention = attention
         self._row = row
         self._start = start
-        self._end = end
+        self._query_blocks = blocks
         self.seconds = 0.0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -187,8 +190,7 @@ class PrefillStep:
 
     def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
         attention, row = self._attention, self._row
-        for first in range(self._start, self._end, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, self._end)
+        for first, last in self._query_blocks:
             at = slice(first - self._start, last - self._start)
             block = q[:, at].contiguous()
             selection = attention.select(layer, row, block, first, check=False)

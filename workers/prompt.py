@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import EmptyContext, InvalidInput
-from ..core.page_key import PageKey, page_keys
+from ..core.page_key import PageKey, prompt_keys
 from .model_source import model_dir, recipe_for
 
 
@@ -126,7 +126,14 @@ class PromptBuilder:
         if tenant not in self._recipes:
             self._recipes[tenant] = recipe_for(self._config, tenant).fingerprint()
         recipe = self._recipes[tenant]
-        return page_keys(prompt.token_ids, recipe, self._config.cache.page_tokens)  # type: ignore[arg-type]
+        attention = self._config.attention
+        return prompt_keys(
+            prompt.token_ids,
+            attention.question_start(prompt.n_tokens, prompt.n_context_tokens),
+            attention.question_block,
+            recipe,  # type: ignore[arg-type]
+            self._config.cache.page_tokens,
+        )
 
     def decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))

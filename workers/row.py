@@ -94,6 +94,8 @@ class Row:
     request: RowRequest
     keys: list[PageKey]
     """Names of the prompt's full pages."""
+    question_start: int
+    """First token whose selection is made in the question's blocks; n_prompt if none is."""
     submitted_s: float
     order: int
     """Arrival number: earlier rows go first, and rows wait only for earlier ones."""

@@ -45,6 +45,18 @@ def chunk_end(start: int, n_prompt: int, chunk_tokens: int) -> int:
     return min(n_prompt, max(blocks_end, start + QUERY_BLOCK))
 
 
+def query_blocks(
+    start: int, end: int, question_start: int, question_block: int
+) -> list[tuple[int, int]]:
+    """Ranges of queries that share a selection, aligned to absolute positions: QUERY_BLOCK in the
+    context, question_block from question_start on. start is at the edge of a QUERY_BLOCK."""
+    edges = [
+        *range(start, min(end, question_start), QUERY_BLOCK),
+        *range(max(start, question_start), end, question_block),
+    ]
+    return list(zip(edges, [*edges[1:], end], strict=True))
+
+
 def prefill_start(n_prompt: int, n_existing_tokens: int) -> int:
     """First position to compute: the last block is always recomputed, for the logits."""
     last_block = (n_prompt - 1) // QUERY_BLOCK * QUERY_BLOCK

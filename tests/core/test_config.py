@@ -74,7 +74,10 @@ def test_presets_hold_the_papers_numbers(name: str) -> None:
 
 def test_dev_runs_the_3k_preset_on_one_node() -> None:
     dev = load_config([ROOT / "configs" / "dev.yaml"])
-    assert dev.attention == load_config([ROOT / "configs" / "infinitehip-3k.yaml"]).attention
+    paper = load_config([ROOT / "configs" / "infinitehip-3k.yaml"]).attention
+    assert dev.attention.policies == paper.policies
+    # the paper has one query block for everything
+    assert (dev.attention.question_block, paper.question_block) == (16, 64)
     assert (dev.cluster.wiring, dev.cluster.ray_address) == ("ray", None)
     assert (dev.worker.count, dev.retriever.count) == (1, 1)
     assert (dev.store.count, dev.store.replicas) == (2, 2)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.core.errors import InvalidInput
-from longreach.core.page_key import ROOT_KEY, Recipe, page_keys, private_recipe
+from longreach.core.page_key import ROOT_KEY, Recipe, page_keys, private_recipe, prompt_keys
 
 RECIPE = Recipe(
     model_fingerprint="model",
@@ -124,3 +124,19 @@ GOLDEN_KEYS = [
     "704e69c7ccfab067d28f8b81e0e10c79d1d79f632abe2c5cf745b72572320019",
     "208753fe2a81bda92e51a1f1e003dcd010c9db70fa3d2cc558cd7bb67d3b4bbe",
 ]
+
+
+def test_a_questions_pages_bear_their_own_names() -> None:
+    recipe, tokens = RECIPE.fingerprint(), list(range(200))
+    whole = page_keys(tokens, recipe, 16)
+    assert prompt_keys(tokens, 200, 16, recipe, 16) == whole
+    mine = prompt_keys(tokens, 64, 16, recipe, 16)
+    assert mine[:4] == whole[:4]
+    assert len(mine) == len(whole)
+    assert not set(mine[4:]) & set(whole)
+    for other in (prompt_keys(tokens, 64, 8, recipe, 16), prompt_keys(tokens, 80, 16, recipe, 16)):
+        assert not set(mine[5:]) & set(other)
+    assert prompt_keys(tokens[:10], 0, 16, recipe, 16) == []
+    # a page that holds the end of the context and the question belongs to the question
+    assert prompt_keys(tokens, 64, 16, recipe, 48)[:1] == page_keys(tokens, recipe, 48)[:1]
+    assert prompt_keys(tokens, 64, 16, recipe, 48)[1] != page_keys(tokens, recipe, 48)[1]

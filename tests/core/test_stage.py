@@ -12,6 +12,7 @@ from longreach.core.stage import (
     Stage,
     parse_layers,
     policies_fingerprint,
+    question_start,
     resolve_policies,
 )
 
@@ -159,3 +160,13 @@ def test_the_fingerprint_follows_what_shapes_prefilled_kv() -> None:
     # in which layer a policy stands matters
     other = LayerPolicy(stages=STAGES, sink=0)
     assert policies_fingerprint((base, other)) != policies_fingerprint((other, base))
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "n_context", "want"),
+    [(1000, 1000, 1000), (1000, 900, 896), (1000, 896, 896), (1000, 100, 704), (50, 10, 0)],
+)
+def test_the_question_begins_at_the_edge_of_a_block(
+    n_prompt: int, n_context: int, want: int
+) -> None:
+    assert question_start(n_prompt, n_context) == want

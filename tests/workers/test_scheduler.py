@@ -11,13 +11,14 @@ from longreach.workers.scheduler import (
     min_device_pages,
     plan_step,
     prefill_start,
+    query_blocks,
     refresh_level,
 )
 
 
 def row(order: int, state: RowState) -> Row:
     request = RowRequest(f"row-{order}", np.zeros(8, np.uint32), 8, Sampling())
-    return Row(request, [], 0.0, order, state=state)
+    return Row(request, [], 8, 0.0, order, state=state)
 
 
 def test_rows_are_admitted_in_order_while_there_is_room() -> None:
@@ -88,3 +89,17 @@ def test_the_smallest_bank_is_sink_window_and_eight_pages() -> None:
     stages = (Stage(chunk=64, keep=256), Stage(chunk=8, keep=64))
     policy = LayerPolicy(stages=stages, sink=64, window=128)
     assert min_device_pages((policy,), 64) == 1 + 2 + 8
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "question", "want"),
+    [
+        (0, 130, 130, [(0, 64), (64, 128), (128, 130)]),
+        (0, 130, 64, [(0, 64), (64, 80), (80, 96), (96, 112), (112, 128), (128, 130)]),
+        (128, 150, 64, [(128, 144), (144, 150)]),
+        (0, 64, 128, [(0, 64)]),
+        (64, 192, 128, [(64, 128), (128, 144), (144, 160), (160, 176), (176, 192)]),
+    ],
+)
+def test_query_blocks(start: int, end: int, question: int, want: list[tuple[int, int]]) -> None:
+    assert query_blocks(start, end, question, 16) == want

@@ -87,11 +87,18 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], list[bytes
     return seen
 
 
-def run(config: Config, prompts: list[np.ndarray], tmp_path: Path, stores: int = 2) -> list[Any]:
+def run(
+    config: Config,
+    prompts: list[np.ndarray],
+    tmp_path: Path,
+    stores: int = 2,
+    n_question: int = 0,
+) -> list[Any]:
     with store_pool(config, tmp_path, count=stores) as pool, page_client(config, pool) as client:
         engine = make_engine(config, client)
         for i, prompt in enumerate(prompts):
-            engine.submit(request(f"row-{i}", prompt, N_NEW))
+            n_context = len(prompt) - n_question
+            engine.submit(request(f"row-{i}", prompt, N_NEW, n_context=n_context))
         done = run_all(engine)
         return [done[f"row-{i}"] for i in range(len(prompts))]
 
@@ -120,6 +127,49 @@ def test_chunking_and_store_count_change_nothing(
     for name, blocks in watched.items():
         assert len(blocks) == 2, name
         assert len(set(blocks)) == 1, name
+
+
+def test_a_question_has_finer_blocks_and_is_as_invariant(
+    config: Any, watched: dict[Any, list[bytes]], tmp_path: Path
+) -> None:
+    """In any chunking, company and bank; and its pages never pass for a context's."""
+    fine = "attention.question_block=16"
+    prompts = prompts_of(1130, 1100, 1075, shared=1000)
+    coarse = [tokens(run(config(), [p], tmp_path, n_question=100))[0] for p in prompts]
+    plain = {name[2] for name in watched}
+    watched.clear()
+    alone = [tokens(run(config(fine), [p], tmp_path, n_question=100))[0] for p in prompts]
+    assert alone != coarse
+    starts = {name[2] for name in watched}
+    # the longest begins its question at 1030, inside the block of 1024
+    assert {1024, 1040, 1056, 1072, 1088, 1104, 1120} <= starts
+    assert {q for q in starts if q < 960} == {q for q in plain if q < 960}
+    together = run(config(fine), prompts, tmp_path, n_question=100)
+    assert tokens(together) == alone
+    for sets in (("worker.prefill_chunk_tokens=64",), (f"cache.device_pages={SMALLEST_BANK}",)):
+        assert [
+            tokens(run(config(fine, *sets), [p], tmp_path, n_question=100))[0] for p in prompts
+        ] == alone
+    assert all(len(set(blocks)) == 1 for blocks in watched.values())
+
+
+def test_the_same_tokens_as_context_and_as_question_do_not_share_pages(
+    config: Any, tmp_path: Path
+) -> None:
+    small = config("attention.question_block=16")
+    (prompt,) = prompts_of(1216)
+    with store_pool(small, tmp_path) as pool, page_client(small, pool) as client:
+        engine = make_engine(small, client)
+        answers = []
+        for i, n_context in enumerate((1216, 1090, 1080, 1216, 1090)):
+            engine.submit(request(f"row-{i}", prompt, N_NEW, n_context=n_context))
+            done = run_all(engine)[f"row-{i}"]
+            answers.append((done["stats"]["tokens_reused"], done["token_ids"]))
+            assert engine.flow.flush(10)
+    # 1090 and 1080 begin their questions in the same block, at 1088 and 1024 + 56
+    assert [reused for reused, _ in answers] == [0, 1088, 1024, 1152, 1152]
+    assert answers[3][1] == answers[0][1]
+    assert answers[4][1] == answers[1][1]
 
 
 def test_companions_change_nothing(

@@ -160,10 +160,16 @@ def make_engine(
 
 
 def request(
-    name: str, prompt: np.ndarray, n_new: int, forced: Sequence[int] = (), **sampling: Any
+    name: str,
+    prompt: np.ndarray,
+    n_new: int,
+    forced: Sequence[int] = (),
+    n_context: int | None = None,
+    **sampling: Any,
 ) -> RowRequest:
     fields = Sampling(max_tokens=n_new, **sampling)
-    return RowRequest(name, prompt, len(prompt), fields, tuple(forced))
+    n_context = len(prompt) if n_context is None else n_context
+    return RowRequest(name, prompt, n_context, fields, tuple(forced))
 
 
 def run_all(engine: Engine, limit: int = 20_000) -> dict[str, dict[str, Any]]:
