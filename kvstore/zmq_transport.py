@@ -33,6 +33,7 @@ HEARTBEAT_MS = 1_000
 HEARTBEAT_TIMEOUT_MS = 10_000
 MAX_FRAME_BYTES = 1 << 30
 LINGER_MS = 1_000
+NEVER_MS = 86_400_000
 RECEIVE_BATCH = 64
 """Messages taken in before waiting ones are sent, so that neither direction starves."""
 _LOST = (
@@ -269,8 +270,9 @@ class ZmqChannel(RpcClient):
     def _connect(self) -> None:
         self._dealer = zmq.Context.instance().socket(zmq.DEALER)
         _set_common_options(self._dealer)
-        # the server's last words arrive before the loss is reported; then nothing is retried
-        self._dealer.set(zmq.RECONNECT_IVL, -1)
+        # never in practice: the socket is closed at the first loss. Not -1, for then ZeroMQ drops
+        # the server's last words if they are unread when the connection goes
+        self._dealer.set(zmq.RECONNECT_IVL, NEVER_MS)
         self._monitor = self._dealer.get_monitor_socket(_LOST | _UP)
         self._dealer.connect(self.address)
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from longreach.core.errors import (
     Unavailable,
 )
 from longreach.kvstore.transport import Channel, Reply, Server, connect, serve
+from longreach.kvstore.zmq_transport import ZmqChannel
 
 from .echo_service import EchoService
 
@@ -270,6 +272,31 @@ def test_server_stop_lets_running_calls_finish(
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(channel.call, "wait", {"seconds": 0.5}, timeout_s=TIMEOUT_S)
         assert wait_until(lambda: service.n_handled == 1)
+        server.stop(5.0)
+        assert held.result(5.0).header == {"waited": True}
+
+
+def test_a_reply_and_the_loss_of_the_connection_may_arrive_together(
+    server: Server, channel: Channel, service: EchoService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(channel, ZmqChannel):
+        step = ZmqChannel._step
+
+        class Late:
+            """A busy machine: when the thread looks again, both are there."""
+
+            def __init__(self, poller: Any) -> None:
+                self._poller = poller
+
+            def poll(self, timeout_ms: int) -> Any:
+                time.sleep(0.3)
+                return self._poller.poll(0)
+
+        monkeypatch.setattr(ZmqChannel, "_step", lambda self, poller: step(self, Late(poller)))
+    channel.call("echo", timeout_s=TIMEOUT_S)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(channel.call, "wait", {"seconds": 0.5}, timeout_s=TIMEOUT_S)
+        assert wait_until(lambda: service.n_handled == 2)
         server.stop(5.0)
         assert held.result(5.0).header == {"waited": True}
 
