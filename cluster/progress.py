@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ BYTES_PER_TOKEN = 4.0
 DECODE_WEIGHT = 8.0
 """Prompt tokens that are prefilled in the time of one decoded token, until measured."""
 SHARED_TOKENS = 64
-"""Prompt tokens computed for a row whose context another row of the job computes."""
+"""Prompt tokens computed for a row besides the context that it shares with others of the job."""
 
 
 class RateMeter:
@@ -77,12 +77,15 @@ class JobProgress:
         self._active: dict[str, RowProgress] = {}
         self._work: dict[str, tuple[float, int]] = {}
         self._prefilled_before: dict[str, int] = {}
-        seen: set[str] = set()
+        # a shared context is work of its group: any row of it may be the one that computes it
+        self._contexts: dict[str, float] = {}
+        self._context_share: dict[str, float] = {}
+        sizes = Counter(row.group for row in rows)
         for row in rows:
             fresh = row.size_bytes / BYTES_PER_TOKEN
-            if row.group and row.group in seen:
+            if row.group and sizes[row.group] > 1:
+                self._contexts[row.group] = max(fresh, self._contexts.get(row.group, 0.0))
                 fresh = SHARED_TOKENS
-            seen.add(row.group)
             self._work[row.row_id] = (fresh, row.max_tokens)
         self._specs = {row.row_id: row for row in rows}
         self._prefilled_ended = 0
@@ -114,6 +117,7 @@ class JobProgress:
         fresh, max_tokens = self._work.pop(row_id, (0.0, 0))
         self._n_ended += 1
         if row is not None:
+            self._note_context(row)
             self._prefilled_ended += row.prefilled
             self._computed_ended += row.prefilled - row.reused
             self._decoded_ended += row.decoded
@@ -123,10 +127,13 @@ class JobProgress:
     def sample(self, now_s: float) -> None:
         """Note where the job is now; rates come from what was noted."""
         active = self._active.values()
+        for row in active:
+            self._note_context(row)
         computed = self._computed_ended + sum(row.prefilled - row.reused for row in active)
         self._prefill_rate.add(now_s, computed)
         self._decode_rate.add(now_s, self._decoded_ended + sum(row.decoded for row in active))
         done = self._work_ended + sum(self._done(row) for row in active)
+        done += sum(self._contexts[group] * share for group, share in self._context_share.items())
         self._work_rate.add(now_s, done)
 
     def snapshot(self, now_s: float) -> Snapshot:
@@ -144,21 +151,34 @@ class JobProgress:
             eta_s,
         )
 
+    def _note_context(self, row: RowProgress) -> None:
+        group = self._specs[row.row_id].group
+        if group in self._contexts:
+            share = max(_share(row), self._context_share.get(group, 0.0))
+            self._context_share[group] = share
+
     def _done(self, row: RowProgress) -> float:
         fresh, _ = self._work.get(row.row_id, (0.0, 0))
-        share = row.prefilled / row.total if row.total else 0.0
-        return fresh * share + DECODE_WEIGHT * row.decoded
+        return fresh * _share(row) + DECODE_WEIGHT * row.decoded
 
     def _left(self) -> float:
         # rows rarely use all of max_tokens: what ended rows used is the better guess
         typical = self._decoded_ended / self._n_ended if self._n_ended else None
-        left = 0.0
+        waiting = {self._specs[row_id].group for row_id in self._work}
+        left = sum(
+            work * (1 - self._context_share.get(group, 0.0))
+            for group, work in self._contexts.items()
+            if group in waiting
+        )
         for row_id, (fresh, max_tokens) in self._work.items():
             expected = max_tokens if typical is None else min(max_tokens, typical)
             row = self._active.get(row_id)
             if row is None:
                 left += fresh + DECODE_WEIGHT * expected
                 continue
-            share = row.prefilled / row.total if row.total else 0.0
-            left += fresh * (1 - share) + DECODE_WEIGHT * max(1.0, expected - row.decoded)
+            left += fresh * (1 - _share(row)) + DECODE_WEIGHT * max(1.0, expected - row.decoded)
         return left
+
+
+def _share(row: RowProgress) -> float:
+    return row.prefilled / row.total if row.total else 0.0

@@ -351,3 +351,22 @@ def test_eta_comes_near_and_ends_at_zero() -> None:
     assert snapshot.eta_s == 0
     assert (snapshot.prefilled_tokens, snapshot.decoded_tokens) == (3000, 30)
     assert snapshot.active == ()
+
+
+@pytest.mark.parametrize("computing", [0, 1, 2])
+def test_eta_is_right_whichever_row_reads_the_shared_context(computing: int) -> None:
+    rows = [JobRow(f"j.{i}", f"c{i}", 2, 40_000, "same") for i in range(3)]
+    progress = JobProgress(rows)
+    shown = [progress.start(row.row_id, 1) for row in rows]
+    progress.snapshot(0.0)
+    for second in range(1, 101):
+        shown[computing].total = 10_000
+        shown[computing].prefilled = 100 * second
+        snapshot = progress.snapshot(float(second))
+        if second in (20, 50, 80):
+            # 100 tokens a second; the questions and answers are little beside the context
+            assert snapshot.eta_s == pytest.approx(100 - second, abs=5)
+    for row in shown:
+        row.total = row.prefilled = 10_000
+        row.reused = 9_900
+        assert progress.snapshot(101.0).eta_s < 10
