@@ -27,10 +27,10 @@ from .cpu_pages import (
     value_offset,
     zero_row,
 )
-from .cpu_pool import FAILED, LEFT, POOL
+from .cpu_pool import POOL
 from .cpu_query import query_tiles
 from .cpu_softmax import COLUMNS, many_queries, one_query
-from .cpu_wait import leave, take_ticket
+from .cpu_wait import FAILED, leave, take_ticket
 from .paged import PagedKV, absent_page
 from .rope import Rope
 from .segments import (
@@ -112,7 +112,7 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, rules, tiles,
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
-            leave(address(state) + 8 * LEFT)
+            leave(address(state))
             return
         # windows come last and are the largest: begin with them
         s = n_segments - 1 - task // n_kv_heads
@@ -121,7 +121,7 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, rules, tiles,
                          at_book, keys, values, spans)  # fmt: skip
         if n_keys < 0:
             state[FAILED] = 1
-            leave(address(state) + 8 * LEFT)
+            leave(address(state))
             return
         if size[1] > 1:
             many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)

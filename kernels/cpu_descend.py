@@ -24,8 +24,8 @@ from .cpu_pages import (
     load_row,
     page_address,
 )
-from .cpu_pool import FAILED
 from .cpu_tiles import ROWS, dots_1x1, dots_1x3, dots_1x6, max_dot_6
+from .cpu_wait import FAILED
 
 TILE = 8 * ROWS
 """Chunks of one task."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cpu_compile import compiled
 from .cpu_pages import address
-from .cpu_pool import LEFT, POOL
+from .cpu_pool import POOL
 from .cpu_tiles import dots_1x1, dots_2x2
 from .cpu_wait import leave, take_ticket
 
@@ -42,7 +42,7 @@ def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
-            leave(address(state) + 8 * LEFT)
+            leave(address(state))
             return
         first = task * per_task
         _rows(x, w, bias, has_bias, out, per_task, first, min(first + per_task, w.shape[0]))

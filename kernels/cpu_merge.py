@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cpu_compile import compiled
 from .cpu_pages import address
-from .cpu_pool import LEFT, POOL
+from .cpu_pool import POOL
 from .cpu_wait import leave, take_ticket
 
 ROWS_PER_TASK = 48
@@ -40,7 +40,7 @@ def _merge_worker(state, n_tasks, o, lse, out, out_lse):
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
-            leave(address(state) + 8 * LEFT)
+            leave(address(state))
             return
         first = task * ROWS_PER_TASK
         _merge_rows(o, lse, out, out_lse, first, min(first + ROWS_PER_TASK, o.shape[1]))

@@ -17,13 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .cpu_wait import wait_until
+from .cpu_wait import FAILED, LEFT, wait_until
 
 LOOKS = 300
 """Looks of a helper for its next job, and of the caller for the helpers' end, before they sleep."""
-
-TICKET, FAILED, LEFT = range(3)
-"""Places in a kernel's state: next ticket, failure flag, workers that have returned."""
 
 
 class _Job:
@@ -98,8 +95,8 @@ class Pool:
             scratch: Sequence[np.ndarray] = ()) -> bool:  # fmt: skip
         """Call worker(state, n_tasks, *arguments, *(s[w] for s in scratch)) on every thread w.
 
-        state: int64 [3], see TICKET, FAILED, LEFT; a worker calls `leave` when it has done. Returns
-        the failure flag. Under `lock`.
+        state: int64 [3]: next ticket, failure flag, workers that called `leave`. Returns the flag.
+        Under `lock`.
         """
         state = np.zeros(3, dtype=np.int64)
         n_workers = max(1, min(self.n_workers, n_tasks))

@@ -14,7 +14,7 @@ from .cpu_compile import compiled
 from .cpu_descend import PER_CHUNK, PER_TOKEN, RAW, TILE, call_near, descend, every_token
 from .cpu_ir import LANES
 from .cpu_pages import address, angle_table, as_pages
-from .cpu_pool import LEFT, POOL
+from .cpu_pool import POOL
 from .cpu_query import query_tiles
 from .cpu_tiles import ROWS
 from .cpu_wait import leave, take_ticket
@@ -97,7 +97,7 @@ def _worker(state, n_tasks, scores, starts, base, queries, cos, sin, settings, b
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
-            leave(address(state) + 8 * LEFT)
+            leave(address(state))
             return
         kv_head = task % n_kv_heads
         first = task // n_kv_heads * TILE

@@ -13,30 +13,21 @@ from numba.core import cgutils, types
 from .cpu_compile import compiled
 from .cpu_ir import I32, Emit, intrinsic
 
+FAILED, LEFT = 1, 2
+"""Places in a kernel's state after the next ticket: failure flag, workers that have returned."""
+
 
 @intrinsic
 def take_ticket(typing: Any, counter: Any) -> Any:
-    """Atomically add 1 to the int64 at an address; returns its old value."""
+    """Atomically add 1 to the int64 at an address, after all that this thread has written is
+    visible; returns its old value."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emit(builder)
         pointer = e.pointer(args[0], e.index(0), ir.IntType(64), 8)
-        return builder.atomic_rmw("add", pointer, e.index(1), "monotonic")
+        return builder.atomic_rmw("add", pointer, e.index(1), "acq_rel")
 
     return types.int64(types.int64), codegen
-
-
-@intrinsic
-def leave(typing: Any, counter: Any) -> Any:
-    """Add 1 to the int64 at an address, after all that this thread has written is visible."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emit(builder)
-        pointer = e.pointer(args[0], e.index(0), ir.IntType(64), 8)
-        builder.atomic_rmw("add", pointer, e.index(1), "acq_rel")
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @intrinsic
@@ -60,6 +51,12 @@ def _let_others_run(typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@compiled
+def leave(state):
+    """A worker has done. state: address of the kernel's state."""
+    take_ticket(state + 8 * LEFT)
 
 
 @compiled

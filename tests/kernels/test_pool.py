@@ -11,7 +11,7 @@ import pytest
 
 from longreach.kernels.cpu_compile import compiled
 from longreach.kernels.cpu_pages import address
-from longreach.kernels.cpu_pool import LEFT, Pool
+from longreach.kernels.cpu_pool import Pool
 from longreach.kernels.cpu_wait import leave, take_ticket, wait_until
 
 
@@ -20,7 +20,7 @@ def _count(state: Any, n_tasks: int, done: Any, mine: Any) -> None:
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
-            leave(address(state) + 8 * LEFT)
+            leave(address(state))
             return
         done[task] += 1
         mine[0] += 1
@@ -111,7 +111,7 @@ def test_what_the_caller_raises_waits_for_the_helpers(threads):
 
 @compiled
 def leave_(state: Any) -> None:
-    leave(address(state) + 8 * LEFT)
+    leave(address(state))
 
 
 def test_waiting_ends_with_the_number_or_the_looks():
