@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Scorer = Literal["search", "bounds", "mean"]
 Variant = Literal["paper", "authors"]
-SelectRope = Literal["chunk-indexed", "relative", "streaming", "none"]
+SelectRope = Literal["chunk-indexed", "relative", "streaming", "none", "clamped"]
 AttendRope = Literal["streaming", "none"]
 HeadReduce = Literal["all", "kv-group"]
+ScoreReduce = Literal["max", "softmax"]
 
 _LAYERS = re.compile(r"all|rest|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", re.ASCII)
 
@@ -51,6 +52,9 @@ class Stage(BaseModel):
     """Neighbouring queries averaged into one before scoring."""
     variant: Variant = "authors"
     """`paper`: first-token probes, the last one scores; `authors`: centre probes, the best does."""
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Adaptive budget: the fewest best chunks whose estimated share of the softmax over all that enter
+    reaches this, at most `keep` tokens. None always keeps `keep`."""
 
     @model_validator(mode="after")
     def _check(self) -> Stage:
@@ -80,6 +84,15 @@ class LayerPolicy(BaseModel):
     """Positions given to keys while attending: renumbered (`streaming`) or true (`none`)."""
     head_reduce: HeadReduce = "all"
     """One mask for all heads of the layer, or one per KV head."""
+    reduce: ScoreReduce = "max"
+    """How the scores of heads and queries become one: the largest raw score (paper), or the largest
+    after a softmax over the chunks for each, so that a head of large norms drowns no other."""
+    select_span: int = Field(default=4096, gt=0)
+    """Largest distance from the query that `select_rope: clamped` gives to a key."""
+    tail: int = Field(default=0, ge=0)
+    """Tokens per mean of the estimate of what entered the last stage and was not kept; 0: none."""
+    delta: bool = False
+    """Prefill: each query block is corrected by what its first query misses (Delta Attention)."""
 
     @model_validator(mode="after")
     def _check(self) -> LayerPolicy:
@@ -104,11 +117,25 @@ class LayerPolicy(BaseModel):
                         f"({previous.refresh}): a stage is recomputed whenever its input is"
                     )
             previous = stage
+        self._check_tail()
         if self.stages and self.window < self.stages[0].chunk:
             raise ValueError(
                 f"window ({self.window}) must be at least the first chunk ({self.stages[0].chunk})"
             )
         return self
+
+    def _check_tail(self) -> None:
+        if not self.tail:
+            return
+        if not self.stages:
+            raise ValueError(f"tail ({self.tail}) needs stages: a dense policy leaves nothing out")
+        last = self.stages[-1].chunk
+        before = self.stages[-2].chunk if len(self.stages) > 1 else self.tail
+        if self.tail % last or before % self.tail or self.sink % self.tail:
+            raise ValueError(
+                f"tail ({self.tail}) must be a multiple of the last chunk ({last}) and divide the "
+                f"chunk before it ({before}) and sink ({self.sink})"
+            )
 
     @property
     def dense(self) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..core.stage import LayerPolicy
 from .cpu_compile import compiled
+from .cpu_decode import attend as decode
+from .cpu_decode import visibility
 from .cpu_ir import LANES
 from .cpu_pages import (
     KEY,
@@ -29,7 +31,7 @@ from .cpu_pages import (
 )
 from .cpu_pool import POOL
 from .cpu_query import query_tiles
-from .cpu_softmax import COLUMNS, many_queries, one_query
+from .cpu_softmax import COLUMNS, many_queries
 from .cpu_wait import FAILED, leave, take_ticket
 from .paged import PagedKV, absent_page
 from .rope import Rope
@@ -44,7 +46,7 @@ from .segments import (
     Segments,
 )
 
-_FAR = 1 << 60
+_WINDOW = KINDS.index("window")
 
 
 def attend(
@@ -65,6 +67,8 @@ def attend(
     n_heads, n_queries, head_dim = q.shape
     if n_heads // view.n_kv_heads > COLUMNS:
         return False
+    if n_queries == 1:
+        return decode(q, q_start, view, segments, policy, rope, scale, o, lse)
     base = segments.base
     angles = angle_table(rope, max(segments.reach, q_start + n_queries - min(base)))
     if angles is None:
@@ -74,16 +78,15 @@ def attend(
         q, positions, angles, 1, scale / math.log(2.0), view.n_kv_heads, repeat_first=False
     )
     most_keys = -(-segments.most_keys // LANES) * LANES
-    columns = COLUMNS if n_queries > 1 else n_heads // view.n_kv_heads
     size = np.array([q_start, n_queries, n_heads], dtype=np.int64)
     arguments = (
         o.numpy(), lse.numpy(), size, segments.table, segments.runs, segments.key_starts,
-        _rules(policy), tiles, *angles, pages.book,
+        np.array(base), visibility(policy), tiles, *angles, pages.book,
     )  # fmt: skip
     with POOL.lock:
         keys = POOL.scratch("attend-k", (most_keys, head_dim))
         values = POOL.scratch("attend-v", (most_keys, head_dim))
-        logits = POOL.scratch("attend-s", (most_keys * columns + 4 * COLUMNS,))
+        logits = POOL.scratch("attend-s", (most_keys * COLUMNS + 4 * COLUMNS,))
         spans = POOL.scratch("attend-span", (most_keys, 2), np.int64)
         n_tasks = len(segments) * view.n_kv_heads
         if POOL.run(_worker, arguments, n_tasks, (keys, values, logits, spans)):
@@ -91,20 +94,8 @@ def attend(
     return True
 
 
-def _rules(policy: LayerPolicy) -> np.ndarray:
-    """Visibility by kind of segment, int64 [kind, 4]: least token, window (keys p - window < t), gap
-    (keys t <= p - gap), one past the greatest token."""
-    window = _FAR if policy.dense else policy.window
-    rules = {
-        "sink": (0, _FAR, policy.window, policy.sink),
-        "selected": (policy.sink, _FAR, policy.window, _FAR),
-        "window": (0, window, 0, _FAR),
-    }
-    return np.array([rules[kind] for kind in KINDS], dtype=np.int64)
-
-
 @compiled
-def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, rules, tiles, cos, sin, book, keys,
+def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, base, rules, tiles, cos, sin, book, keys,
             values, logits, spans):  # fmt: skip
     n_kv_heads = tiles.shape[0]
     n_segments = table.shape[0]
@@ -117,20 +108,17 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, rules, tiles,
         # windows come last and are the largest: begin with them
         s = n_segments - 1 - task // n_kv_heads
         head = task % n_kv_heads
-        n_keys = _gather(s, head, n_kv_heads, size, table, runs, key_starts, rules, at_cos, at_sin,
-                         at_book, keys, values, spans)  # fmt: skip
+        n_keys = _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, at_cos,
+                         at_sin, at_book, keys, values, spans)  # fmt: skip
         if n_keys < 0:
             state[FAILED] = 1
             leave(address(state))
             return
-        if size[1] > 1:
-            many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
-        else:
-            one_query(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
+        many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
 
 
 @compiled
-def _gather(s, head, n_kv_heads, size, table, runs, key_starts, rules, cos, sin, book, keys,
+def _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, cos, sin, book, keys,
             values, spans):  # fmt: skip
     """Rotated keys, values, and the range of queries [spans[i, 0], spans[i, 1]) that see key i.
 
@@ -140,6 +128,8 @@ def _gather(s, head, n_kv_heads, size, table, runs, key_starts, rules, cos, sin,
     n_runs, run_tokens = table[s, N_RUNS], table[s, RUN_TOKENS]
     first_run = table[s, RUNS_AT] + (head * table[s, HEADS] // n_kv_heads) * n_runs
     position = key_starts[s, head * key_starts.shape[1] // n_kv_heads]
+    if table[s, KIND] == _WINDOW:
+        position -= base[head * len(base) // n_kv_heads]
     first_token = runs[first_run]
     renumbered = table[s, RENUMBERED] == 1
     rule = rules[table[s, KIND]]

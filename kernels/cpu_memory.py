@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from .cpu_ir import F32, I32, LANES, Emit, intrinsic
+from .cpu_ir import I32, LANES, Emit, intrinsic
+from .cpu_stored import KINDS, WIDE, load_stored
 
 
 def _void(n_args: int) -> Any:
@@ -16,36 +18,36 @@ def _void(n_args: int) -> Any:
 
 def _load(kind: str, rotated: bool) -> Any:
     """One stored row as float32 at dst, rotated or not. n: elements (or pairs), multiple of 8."""
-    wide = ir.VectorType(F32, 8)
+    wide = WIDE
 
-    def read(e: Emit, src: Any, at: Any) -> Any:
-        if kind == "float32":
-            return e.b.load(e.pointer(src, at, wide), align=4)
-        raw = e.b.load(e.pointer(src, at, ir.VectorType(ir.IntType(16), 8), 2), align=2)
-        if kind == "float16":
-            return e.b.fpext(e.b.bitcast(raw, ir.VectorType(ir.HalfType(), 8)), wide)
-        ints = ir.VectorType(I32, 8)
-        shifted = e.b.shl(e.b.zext(raw, ints), ir.Constant(ints, [16] * 8))
-        return e.b.bitcast(shifted, wide)
+    def reader(e: Emit, src: Any, n_bytes: Any) -> Callable[[Any], Any]:
+        """Floats from element `at` on. An int8 row ends with its scale, after n_bytes."""
+        if kind != "int8":
+            return lambda at: load_stored(e, kind, src, at)
+        scale = e.b.load(e.pointer(e.b.add(src, n_bytes), e.index(0)), align=1)
+        scales = e.splat(scale, wide)
+        return lambda at: e.b.fmul(load_stored(e, kind, src, at), scales)
 
     def copy(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dst, src, n = args
         e = Emit(builder)
+        read = reader(e, src, n)
         with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
             at = builder.mul(loop.index, e.index(8))
-            e.store(read(e, src, at), dst, at, wide)
+            e.store(read(at), dst, at, wide)
         return context.get_dummy_value()
 
     def rotate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dst, src, n, cos, sin = args
         e = Emit(builder)
+        read = reader(e, src, builder.mul(n, e.index(2)))
         with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
             at = builder.mul(loop.index, e.index(8))
             above = builder.add(at, n)
-            first, second = read(e, src, at), read(e, src, above)
+            first, second = read(at), read(above)
             c = builder.load(e.pointer(cos, at, wide), align=4)
             s = builder.load(e.pointer(sin, at, wide), align=4)
-            minus = builder.fsub(e.const(0.0, wide), builder.fmul(second, s))
+            minus = builder.fneg(builder.fmul(second, s))
             e.store(e.fma(first, c, minus), dst, at, wide)
             e.store(e.fma(second, c, builder.fmul(first, s)), dst, above, wide)
         return context.get_dummy_value()
@@ -63,12 +65,8 @@ def _load(kind: str, rotated: bool) -> Any:
     return intrinsic(load)
 
 
-load_float32, load_float16, load_bfloat16 = (
-    _load(kind, False) for kind in ("float32", "float16", "bfloat16")
-)
-rotate_float32, rotate_float16, rotate_bfloat16 = (
-    _load(kind, True) for kind in ("float32", "float16", "bfloat16")
-)
+load_float32, load_float16, load_bfloat16, load_int8 = (_load(kind, False) for kind in KINDS)
+rotate_float32, rotate_float16, rotate_bfloat16, rotate_int8 = (_load(k, True) for k in KINDS)
 
 
 @intrinsic
@@ -109,3 +107,74 @@ def zero_float32(typing: Any, dst: Any, n: Any) -> Any:
         return context.get_dummy_value()
 
     return _void(2), codegen
+
+
+@intrinsic
+def peek_float(typing: Any, address: Any) -> Any:
+    """The float32 at an address of any alignment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        return builder.load(e.pointer(args[0], e.index(0)), align=1)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def join_angles(
+    typing: Any, dst: Any, n: Any, cos: Any, sin: Any, other_cos: Any, other_sin: Any
+) -> Any:
+    """cos and sin (n floats each, one after the other) of the sums of two rows of angles."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dst, n, *rows = args
+        e = Emit(builder)
+        with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
+            at = builder.mul(loop.index, e.index(8))
+            c, s, c2, s2 = (builder.load(e.pointer(row, at, WIDE), align=4) for row in rows)
+            minus = builder.fneg(builder.fmul(s, s2))
+            e.store(e.fma(c, c2, minus), dst, at, WIDE)
+            e.store(e.fma(s, c2, builder.fmul(c, s2)), dst, builder.add(at, n), WIDE)
+        return context.get_dummy_value()
+
+    return _void(6), codegen
+
+
+@intrinsic
+def split_signs(typing: Any, dst: Any, src: Any, n: Any) -> Any:
+    """The positive parts of n floats at dst, then their negative parts; n is a multiple of 8. NaN goes
+    to both."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dst, src, n = args
+        e, zero = Emit(builder), ir.Constant(WIDE, [0.0] * 8)
+        with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
+            at = builder.mul(loop.index, e.index(8))
+            x = builder.load(e.pointer(src, at, WIDE), align=4)
+            positive = builder.select(builder.fcmp_ordered("<", x, zero), zero, x)
+            negative = builder.select(builder.fcmp_ordered(">", x, zero), zero, x)
+            e.store(positive, dst, at, WIDE)
+            e.store(negative, dst, builder.add(at, n), WIDE)
+        return context.get_dummy_value()
+
+    return _void(3), codegen
+
+
+@intrinsic
+def turn_tile(typing: Any, dst: Any, src: Any, half: Any, cos: Any, sin: Any) -> Any:
+    """Rotate 16 queries laid out as [2 * half, 16] by one row of angles."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dst, src, half, cos, sin = args
+        e = Emit(builder)
+        with cgutils.for_range(builder, half) as loop:
+            low = builder.mul(loop.index, e.index(LANES))
+            high = builder.add(low, builder.mul(half, e.index(LANES)))
+            first, second = e.vector(src, low), e.vector(src, high)
+            c, s = e.splat(e.scalar(cos, loop.index)), e.splat(e.scalar(sin, loop.index))
+            minus = builder.fneg(builder.fmul(second, s))
+            e.store(e.fma(first, c, minus), dst, low)
+            e.store(e.fma(second, c, builder.fmul(first, s)), dst, high)
+        return context.get_dummy_value()
+
+    return _void(5), codegen

@@ -29,7 +29,7 @@ def merge(o: Tensor, lse: Tensor, out: Tensor, out_lse: Tensor) -> None:
     )  # fmt: skip
     n_tasks = -(-n_rows // ROWS_PER_TASK)
     if n_tasks == 1:
-        _merge_rows(*arguments, 0, n_rows)
+        merge_rows(*arguments, 0, n_rows)
         return
     with POOL.lock:
         POOL.run(_merge_worker, arguments, n_tasks)
@@ -43,11 +43,11 @@ def _merge_worker(state, n_tasks, o, lse, out, out_lse):
             leave(address(state))
             return
         first = task * ROWS_PER_TASK
-        _merge_rows(o, lse, out, out_lse, first, min(first + ROWS_PER_TASK, o.shape[1]))
+        merge_rows(o, lse, out, out_lse, first, min(first + ROWS_PER_TASK, o.shape[1]))
 
 
 @compiled
-def _merge_rows(o, lse, out, out_lse, first, last):
+def merge_rows(o, lse, out, out_lse, first, last):
     n_segments, _, head_dim = o.shape
     for r in range(first, last):
         top = np.float32(-np.inf)

@@ -15,21 +15,23 @@ from .cpu_memory import (
     load_bfloat16,
     load_float16,
     load_float32,
+    load_int8,
     peek,
     rotate_bfloat16,
     rotate_float16,
     rotate_float32,
+    rotate_int8,
     zero_float32,
 )
 from .paged import PagedKV
 from .rope import TABLE_LIMIT, Rope
 
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 KEY, VALUE = 0, 1
 
 
 # columns of Pages.book
-_BASES, _MEMORY, _ROW, _N_PAGES, _PAGE_TOKENS, _HEAD_DIM, _ITEM_BYTES, _KIND, _N_TOKENS = range(9)
+_BASES, _MEMORY, _ROW, _N_PAGES, _PAGE_TOKENS, _HEAD_DIM, _ROW_BYTES, _KIND, _N_TOKENS = range(9)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Pages:
 
     book: np.ndarray
     """int64: addresses of memory bases, of `memory` and `row` [Hkv, n_pages], then n_pages,
-    page_tokens, head_dim, bytes of an element, kind, n_tokens. Compiled code gets the address of
+    page_tokens, head_dim, bytes of a row, kind, n_tokens. Compiled code gets the address of
     this book: array arguments of inner functions cost atomic reference counts."""
     holds: tuple[object, ...]
 
@@ -62,7 +64,7 @@ def as_pages(view: PagedKV) -> Pages | None:
             row.shape[1],
             view.page_tokens,
             view.head_dim,
-            view.memories[0].element_size(),
+            view.row_bytes,
             kind,
             view.n_tokens,
         ],
@@ -96,12 +98,12 @@ def page_address(token, side, kv_head, book):
         return 0
     slot = (leaf * 2 + side) * page_tokens + token - page * page_tokens
     base = peek(peek(book, _BASES), peek(peek(book, _MEMORY), entry))
-    return base + slot * peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
+    return base + slot * peek(book, _ROW_BYTES)
 
 
 @compiled
 def bytes_of_row(book):
-    return peek(book, _HEAD_DIM) * peek(book, _ITEM_BYTES)
+    return peek(book, _ROW_BYTES)
 
 
 @compiled
@@ -116,6 +118,16 @@ def is_float32(book):
 
 
 @compiled
+def page_tokens_of(book):
+    return peek(book, _PAGE_TOKENS)
+
+
+@compiled
+def kind_of(book):
+    return peek(book, _KIND)
+
+
+@compiled
 def n_tokens_of(book):
     return peek(book, _N_TOKENS)
 
@@ -127,8 +139,10 @@ def load_row(dst, src, book):
         load_float32(dst, src, n)
     elif kind == 1:
         load_float16(dst, src, n)
-    else:
+    elif kind == 2:
         load_bfloat16(dst, src, n)
+    else:
+        load_int8(dst, src, n)
 
 
 @compiled
@@ -140,8 +154,10 @@ def load_rotated(dst, src, book, cos, sin, position):
         rotate_float32(dst, src, half, cos + offset, sin + offset)
     elif kind == 1:
         rotate_float16(dst, src, half, cos + offset, sin + offset)
-    else:
+    elif kind == 2:
         rotate_bfloat16(dst, src, half, cos + offset, sin + offset)
+    else:
+        rotate_int8(dst, src, half, cos + offset, sin + offset)
 
 
 @compiled

@@ -18,14 +18,11 @@ from .cpu_ir import LANES
 from .cpu_pages import address
 from .cpu_tiles import (
     ROWS,
-    dots_1x1,
-    dots_1x6,
     scaled_1,
     scaled_2,
     scaled_4,
     scaled_6,
     softmax_columns,
-    softmax_row,
     tile_1,
     tile_2,
     tile_4,
@@ -110,51 +107,3 @@ def _finish(logits, after, c, lse, row):
         # a row that sees nothing; NaN keys come here as NaN sums and stay visible as NaN
         lse[row] = -np.inf if total == 0.0 else np.nan
         logits[after + 2 * COLUMNS + c] = 0.0 if total == 0.0 else np.nan
-
-
-@compiled
-def one_query(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):
-    """One query: logits [head of the group, key] with keys in the lanes."""
-    n_group, head_dim = tiles.shape[1], tiles.shape[2]
-    padded = (n_keys + LANES - 1) // LANES * LANES
-    at_k, at_v, at_s = address(keys), address(values), address(logits)
-    after = n_group * padded
-    first_row = head * n_group
-    flat_lse = lse.reshape(lse.shape[0], -1)
-    for g in range(n_group):
-        query = address(tiles[head, g])
-        row = at_s + 4 * g * padded
-        i = 0
-        while i < n_keys:
-            if n_keys - i >= ROWS:
-                dots_1x6(row + 4 * i, ROWS, query, head_dim, at_k + 4 * i * head_dim, head_dim,
-                         head_dim)  # fmt: skip
-                i += ROWS
-            else:
-                dots_1x1(row + 4 * i, 1, query, head_dim, at_k + 4 * i * head_dim, head_dim,
-                         head_dim)  # fmt: skip
-                i += 1
-        for i in range(n_keys):
-            if spans[i, 0] > 0 or spans[i, 1] < 1:
-                logits[g * padded + i] = -np.inf
-        for i in range(n_keys, padded):
-            logits[g * padded + i] = -np.inf
-        softmax_row(row, padded // LANES, at_s + 4 * (after + g), at_s + 4 * (after + COLUMNS + g))
-        _finish(logits, after, g, flat_lse[s], first_row + g)
-    at_inverse = at_s + 4 * (after + 2 * COLUMNS)
-    at_o = address(o) + 4 * (s * size[2] + first_row) * head_dim
-    g = 0
-    while g < n_group:
-        left = n_group - g
-        a, inverse = at_s + 4 * g * padded, at_inverse + 4 * g
-        for d in range(0, head_dim, LANES):
-            out, b = at_o + 4 * (g * head_dim + d), at_v + 4 * d
-            if left >= ROWS:
-                scaled_6(out, head_dim, a, padded, 1, b, head_dim, n_keys, inverse)
-            elif left >= 4:
-                scaled_4(out, head_dim, a, padded, 1, b, head_dim, n_keys, inverse)
-            elif left >= 2:
-                scaled_2(out, head_dim, a, padded, 1, b, head_dim, n_keys, inverse)
-            else:
-                scaled_1(out, head_dim, a, padded, 1, b, head_dim, n_keys, inverse)
-        g += 6 if left >= ROWS else 4 if left >= 4 else 2 if left >= 2 else 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .attend import attend_segments, mass_kept, merge_partials
+from .block import BlockStep, has_block_kernel
+from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
 from .plan import advance, plan_attend
@@ -10,27 +12,48 @@ from .rope import Rope
 from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
 from .selection import Selection, candidate_end
-from .summaries import SummarySource, chunk_summaries
+from .summaries import (
+    Summaries,
+    TableName,
+    check_tables,
+    page_summaries,
+    summarise_pages,
+    table_dtype,
+    tables_of,
+)
+from .summaries import put as put_summaries
 from .warm import warm_up
 
 __all__ = [
+    "AfterAttention",
+    "BeforeAttention",
+    "BlockStep",
+    "Norm",
     "PagedKV",
+    "Product",
     "Rope",
     "Segment",
     "Segments",
     "Selection",
-    "SummarySource",
+    "Summaries",
+    "TableName",
     "advance",
     "attend_segments",
     "candidate_end",
-    "chunk_summaries",
+    "check_tables",
     "gather_blocks",
     "gather_tokens",
+    "has_block_kernel",
     "linear_rows",
     "mass_kept",
     "merge_partials",
+    "page_summaries",
     "plan_attend",
+    "put_summaries",
     "select_blocks",
+    "summarise_pages",
+    "table_dtype",
+    "tables_of",
     "touched_pages",
     "warm_up",
 ]

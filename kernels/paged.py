@@ -11,6 +11,21 @@ from torch import Tensor
 from ..core.errors import InternalError
 
 Which = Literal["k", "v"]
+SCALE_BYTES = 4
+
+
+def pack_int8(x: Tensor) -> Tensor:
+    """Rows [..., D] float32 -> int8 [..., D + 4]: whole numbers in [-127, 127], then the bytes of the
+    row's float32 scale. NaN and infinities give a scale that shows them."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127.0
+    whole = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127)
+    return torch.cat((whole.nan_to_num(0.0).to(torch.int8), scale.view(torch.int8)), dim=-1)
+
+
+def unpack_int8(packed: Tensor) -> Tensor:
+    """int8 [..., D + 4] of `pack_int8` -> float32 [..., D]."""
+    whole, scale = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
+    return whole.float() * scale.contiguous().view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,8 @@ class PagedKV:
     """Where the pages of one layer lie. Reading never depends on which memory holds a page."""
 
     memories: tuple[Tensor, ...]
-    """Each [n_leaf_rows, 2 (K, V), page_tokens, D] in the KV dtype, contiguous; 0 = device bank."""
+    """Each [n_leaf_rows, 2 (K, V), page_tokens, D] in the KV dtype, contiguous; 0 = device bank. int8
+    rows have D + 4 bytes, see `pack_int8`."""
     memory: Tensor
     """int64 [Hkv, n_pages]: index into memories."""
     row: Tensor
@@ -33,7 +49,12 @@ class PagedKV:
 
     @property
     def head_dim(self) -> int:
-        return self.memories[0].shape[-1]
+        return self.memories[0].shape[-1] - (SCALE_BYTES if self.kv_dtype == torch.int8 else 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored key or value."""
+        return self.memories[0].shape[-1] * self.memories[0].element_size()
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -72,7 +93,8 @@ def gather_tokens(view: PagedKV, token_ids: Tensor, which: Which = "k") -> Tenso
     for i, leaves in enumerate(view.memories):
         here = valid & (memory == i)
         if bool(here.any()):
-            out[here] = leaves[row[here], side, slot[here]].float()
+            found = leaves[row[here], side, slot[here]]
+            out[here] = unpack_int8(found) if leaves.dtype == torch.int8 else found.float()
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..core.errors import InternalError
 from ..core.stage import LayerPolicy
-from .segments import KIND, KINDS, Segments
+from .segments import KINDS, Segments
 from .selection import Selection
 
 GROUP = 8
@@ -83,9 +83,7 @@ def advance(
     base = _base(q_to, selection, policy)
     if base == segments.base:
         return segments
-    starts = segments.key_starts.copy()
-    starts[segments.table[:, KIND] == _WINDOW] -= np.array(base) - np.array(segments.base)
-    return replace(segments, key_starts=starts, base=base)
+    return replace(segments, base=base)
 
 
 def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int, ...]:
@@ -126,7 +124,7 @@ def _windows(start: int, q_last: int, page_tokens: int, base: tuple[int, ...]) -
     groups = pages // GROUP
     sizes = np.bincount(groups - groups[0])
     first = pages[np.concatenate([[0], sizes.cumsum()[:-1]])] * page_tokens
-    starts = first[:, None] - np.array(base)
+    starts = first[:, None].repeat(len(base), axis=1)
     return _Part(_WINDOW, pages[None] * page_tokens, page_tokens, sizes, starts, False)
 
 

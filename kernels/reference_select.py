@@ -39,6 +39,8 @@ def positions(
     - relative (Eq 5): key 0 in the left half and 1 in the right one, query w' + 1.
     - streaming: the stage's tokens renumbered consecutively, the last one directly before the end
       of the candidates; query its own.
+    - clamped: true distances, at most select_span, of the middle of the chunk (of its aligned 64 tokens
+      if it is smaller); counted from the clamp.
     - none: true positions.
     """
     n_chunks, chunk = tokens.shape
@@ -49,6 +51,12 @@ def positions(
         return query.clamp(max=n_chunks + overlap), key
     if policy.select_rope == "relative":
         return torch.full_like(query, overlap + 1), torch.arange(2).expand(n_chunks, chunk, 2)
+    if policy.select_rope == "clamped":
+        clamp = max(0, q_start - policy.select_span)
+        starts = tokens[:, 0]
+        middle = starts // 64 * 64 + 32 if chunk < 64 else starts + chunk // 2
+        middle = middle.clamp(max=max(clamp, q_start)).clamp(min=clamp)
+        return query - clamp, (middle - clamp).view(-1, 1, 1).expand(-1, chunk, 2)
     if policy.select_rope == "streaming":
         rank = (tokens >= 0).flatten().cumsum(0).view_as(tokens) - 1
         n_live = int((tokens >= 0).sum())
@@ -116,22 +124,22 @@ def summary_scores(
     rope: Rope,
 ) -> Tensor:
     """Scores by summaries of UNROTATED keys (DESIGN 1.2), one position per chunk: its middle token
-    (or the right side's, or the chunk's index). q [G, Tq, D], k [T, D] -> [G, C].
+    (or the right side's, or the chunk's index). q [G, Tq, D], k [T, D] -> [G * Tp, C].
 
     mean: q . mean key. bounds: sum over dims of max(q * min key, q * max key), an upper bound of
     every dot product in the chunk; the query is turned back by the key's position.
     """
     query, key = positions(tokens, q_start, q.shape[1], policy)
     pooled = pooled_queries(q, query, stage.query_stride, rope)
-    scores = torch.empty(q.shape[0], tokens.shape[0])
+    scores = torch.empty(pooled.shape[0] * pooled.shape[1], tokens.shape[0])
     for c, row in enumerate(tokens):
         live = k[row[row >= 0]]
         turned = rope.rotate(pooled, -key[c, len(live) // 2, 1])  # [G, Tp, D]
         if stage.scorer == "mean":
-            scores[:, c] = (turned @ live.mean(dim=0)).amax(dim=-1)
+            scores[:, c] = (turned @ live.mean(dim=0)).flatten()
         else:
             low, high = turned * live.amin(dim=0), turned * live.amax(dim=0)
-            scores[:, c] = torch.maximum(low, high).sum(dim=-1).amax(dim=-1)
+            scores[:, c] = torch.maximum(low, high).sum(dim=-1).flatten()
     return scores
 
 
@@ -143,9 +151,12 @@ def stage_scores(
     stage: Stage,
     policy: LayerPolicy,
     rope: Rope,
+    scale: float,
 ) -> list[Tensor]:
     """Head reduction (3.2, 3.4): per mask head, the maximum over its query heads, [C] each.
 
+    reduce softmax: of each row's softmax over the chunks (rows are heads for the search, whose descent is
+    shared by the queries, and single queries of heads for summaries).
     q: [H, Tq, D]; k: [Hkv, T, D]; starts: per mask head, the chunk starts entering the stage.
     """
     n_kv_heads = k.shape[0]
@@ -156,14 +167,28 @@ def stage_scores(
         mine = starts[0 if len(starts) == 1 else j]
         tokens = chunk_tokens(mine, stage.chunk, q_start, policy)
         scores = score(grouped[j], k[j], tokens, q_start, stage, policy, rope)
+        if policy.reduce == "softmax":
+            scores = (scores * scale).softmax(dim=-1)
         per_kv_head.append(scores.amax(dim=0))
     return [torch.stack(per_kv_head).amax(dim=0)] if len(starts) == 1 else per_kv_head
 
 
-def best_chunks(starts: list[int], scores: Tensor, n_keep: int) -> list[int]:
-    """The n_keep chunks of largest score, ascending; equal scores go to the lower index (6.2)."""
-    ranked = sorted(range(len(starts)), key=lambda c: (-float(scores[c]), c))
-    return sorted(starts[c] for c in ranked[:n_keep])
+def best_chunks(
+    starts: list[int], scores: Tensor, stage: Stage, policy: LayerPolicy, scale: float
+) -> list[int]:
+    """The chunks of largest score, ascending; equal scores go to the lower index (6.2).
+
+    As many as the stage keeps, or with top_p the fewest whose estimated shares reach it.
+    """
+    n_keep = stage.keep // stage.chunk
+    ranked = sorted(range(len(starts)), key=lambda c: (-float(scores[c]), c))[:n_keep]
+    if stage.top_p is not None:
+        shares = scores / scores.sum()
+        if policy.reduce == "max":
+            shares = (scores * scale).softmax(dim=0)
+        before = [float(shares[ranked[:i]].double().sum()) for i in range(len(ranked))]
+        ranked = [c for c, sum_ in zip(ranked, before, strict=True) if sum_ < stage.top_p]
+    return sorted(starts[c] for c in ranked)
 
 
 def select(
@@ -174,6 +199,7 @@ def select(
     rope: Rope,
     inputs: list[list[list[int]]] | None = None,
     level: int = 0,
+    scale: float | None = None,
 ) -> tuple[list[list[list[int]]], list[list[int]]]:
     """The chain of stages (3.5) of one query block, recomputed from stage `level` on (3.8).
 
@@ -191,9 +217,13 @@ def select(
         stage = policy.stages[i]
         kept_inputs.append(lists)
         n_keep = stage.keep // stage.chunk
-        if max(len(starts) for starts in lists) > n_keep:
-            scores = stage_scores(q, q_start, k, lists, stage, policy, rope)
-            lists = [best_chunks(a, s, n_keep) for a, s in zip(lists, scores, strict=True)]
+        longest = max(len(starts) for starts in lists)
+        if longest > n_keep or (stage.top_p is not None and longest):
+            scale = q.shape[2] ** -0.5 if scale is None else scale
+            scores = stage_scores(q, q_start, k, lists, stage, policy, rope, scale)
+            lists = [
+                best_chunks(a, s, stage, policy, scale) for a, s in zip(lists, scores, strict=True)
+            ]
         if i + 1 < len(policy.stages):
             child = policy.stages[i + 1].chunk
             lists = [

@@ -7,6 +7,8 @@ from torch import Tensor
 
 TABLE_LIMIT = 1 << 17
 """Positions kept in the cos/sin table; later ones are computed for each call."""
+FINE = 1 << 12
+"""Distances of the fine table of `Rope.distance_tables`; the coarse one has their multiples."""
 
 
 class Rope:
@@ -23,6 +25,8 @@ class Rope:
         self.inv_freq = inv_freq.detach().to(torch.float32).contiguous()
         self.attention_scaling = float(attention_scaling)
         self._cos, self._sin = self._angles(torch.arange(0))
+        none = torch.zeros(0, self.inv_freq.numel())
+        self._distances = (none, none, none, none)
 
     @property
     def head_dim(self) -> int:
@@ -44,6 +48,24 @@ class Rope:
             # bound before assignment: another thread may be reading the old, still valid table
             self._cos, self._sin = self._angles(torch.arange(size, device=self.inv_freq.device))
         return self._cos, self._sin
+
+    def distance_tables(self, n_distances: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fine cos, sin [FINE, D / 2] of distances 0, 1 ..., and coarse ones [n, D / 2] of 0, FINE,
+        2 FINE ... up to n_distances at least. A distance's angle is the sum of one of each.
+
+        Angles are float64 products, so far distances keep their precision; attention_scaling is not
+        in them. Kept, and grown by doubling.
+        """
+        n_coarse = -(-max(1, n_distances) // FINE) + 1
+        if n_coarse > self._distances[2].shape[0]:
+            size = max(4, 1 << (n_coarse - 1).bit_length())
+            inv_freq = self.inv_freq.double()
+            fine = torch.arange(FINE).double()[:, None] * inv_freq
+            coarse = torch.arange(size).double()[:, None] * (FINE * inv_freq)
+            self._distances = (
+                fine.cos().float(), fine.sin().float(), coarse.cos().float(), coarse.sin().float()
+            )  # fmt: skip
+        return self._distances
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions: int64 [...], may be negative. Returns cos, sin: [..., D / 2] float32."""

@@ -18,14 +18,15 @@ from .selection import (
     rotate_queries,
     stage_positions,
 )
-from .summaries import SummarySource, chunk_summaries
+from .summaries import Summaries, SummaryKind, chunk_summaries
 
 try:
-    from . import cpu_search
+    from . import cpu_search, cpu_summaries
 except ModuleNotFoundError as exc:  # without numba the torch path below does the same
     if exc.name not in ("numba", "llvmlite"):
         raise
     cpu_search = None  # type: ignore[assignment]
+    cpu_summaries = None  # type: ignore[assignment]
 
 PIECE_ELEMENTS = 1 << 22
 """Elements of one temporary of the bounds scorer; longer chunk lists are scored in pieces."""
@@ -39,25 +40,44 @@ def score_chunks(
     stage: Stage,
     policy: LayerPolicy,
     rope: Rope,
-    source: SummarySource | None = None,
+    scale: float,
+    summaries: Summaries | None = None,
 ) -> Tensor:
-    """Score of every chunk for every query head.
+    """Score of every chunk for every KV head: the best of its query heads and queries.
 
-    q: [H, Tq, D] unrotated; starts: int64 [Hsel, C], padded with -1. Returns float32 [H, C]
-    (padding has any value).
+    q: [H, Tq, D] unrotated; starts: int64 [Hsel, C], padded with -1. Returns float32 [Hkv, C]
+    (padding has any value): raw dot products for `reduce: max`, shares of a softmax over the chunks
+    for `softmax`; scale is the softmax scale, which the former leave out.
     """
-    positions = stage_positions(
-        policy.select_rope, starts, stage.chunk, q_start, q.shape[1], policy
-    )
+    positions = stage_positions(policy, starts, stage.chunk, q_start, q.shape[1])
     end = candidate_end(q_start, policy)
-    if stage.scorer == "search" and cpu_search is not None:
-        scores = cpu_search.search_scores(q, view, starts, stage, positions, rope, end)
+    n_kv_heads = view.n_kv_heads
+    if stage.scorer == "search":
+        scores = None
+        if cpu_search is not None:
+            scores = cpu_search.search_scores(q, view, starts, stage, positions, rope, end)
+        if scores is None:
+            queries = rotate_queries(q, positions, rope, stage.query_stride)
+            scores = _search(queries, view, starts, stage, positions, rope, end)
+        rows = scores.view(n_kv_heads, -1, scores.shape[1])
+        return _reduce(rows, starts, policy, scale)
+    if cpu_summaries is not None:
+        scores = cpu_summaries.summary_scores(
+            q, view, starts, stage, policy, positions, rope, end, scale, summaries
+        )
         if scores is not None:
             return scores
     queries = rotate_queries(q, positions, rope, stage.query_stride)
-    if stage.scorer == "search":
-        return _search(queries, view, starts, stage, positions, rope, end)
-    return _summary(queries, view, starts, stage, positions, rope, end, source)
+    rows = _summary(queries, view, starts, stage, positions, rope, end)
+    return _reduce(rows, starts, policy, scale)
+
+
+def _reduce(rows: Tensor, starts: Tensor, policy: LayerPolicy, scale: float) -> Tensor:
+    """rows [Hkv, n, C], one per query head or query -> [Hkv, C]."""
+    if policy.reduce == "softmax":
+        padding = starts.expand(len(rows), -1)[:, None] < 0
+        rows = (rows * scale).masked_fill(padding, -torch.inf).softmax(dim=-1)
+    return rows.amax(dim=1)
 
 
 def _search(
@@ -114,32 +134,24 @@ def _summary(
     positions: StagePositions,
     rope: Rope,
     end: int,
-    source: SummarySource | None,
 ) -> Tensor:
-    """Score of a chunk by its summary, which stands at one position (the chunk's middle token)."""
+    """Scores by summaries, which stand at one position (the chunk's middle token), made from the keys:
+    [Hkv, G * Tp, C]."""
     n_kv_heads = view.n_kv_heads
-    kind = "mean" if stage.scorer == "mean" else "bounds"
-    per_kv_head = starts.expand(n_kv_heads, -1)
-    summaries = chunk_summaries(
-        "mean" if kind == "mean" else "bounds", view, per_kv_head, stage.chunk, end, source
-    )
+    kind: SummaryKind = "mean" if stage.scorer == "mean" else "bounds"
+    summaries = chunk_summaries(kind, view, starts.expand(n_kv_heads, -1), stage.chunk, end)
     position = torch.ones_like(starts) if positions.per_side else positions.key_base
     if positions.per_token:
         position = position + (end - starts).clamp(max=stage.chunk) // 2
     position = position.expand(n_kv_heads, -1)
-    grouped = queries.reshape(n_kv_heads, -1, *queries.shape[1:])  # [Hkv, G, Tp, D]
-    if kind == "mean":
-        keys = rope.rotate(summaries[:, :, 0], position)
-        return (grouped @ keys[:, None].mT).amax(dim=2).flatten(0, 1)
+    rows = queries.reshape(n_kv_heads, -1, queries.shape[-1])  # [Hkv, G * Tp, D]
     # bounds hold for unrotated keys only, so the query is turned back by the key's position
     n_piece = max(1, PIECE_ELEMENTS // (queries.numel() or 1))
     scores = []
     for i in range(0, starts.shape[1], n_piece):
-        turned = rope.rotate(
-            grouped[:, :, :, None], -position[:, None, None, i : i + n_piece]
-        )  # [Hkv, G, Tp, C, D]
-        low = summaries[:, None, None, i : i + n_piece, 0]
-        high = summaries[:, None, None, i : i + n_piece, 1]
-        bound = torch.maximum(turned * low, turned * high).sum(dim=-1)
-        scores.append(bound.amax(dim=2).flatten(0, 1))
-    return torch.cat(scores, dim=1)
+        piece = slice(i, i + n_piece)
+        turned = rope.rotate(rows[:, :, None], -position[:, None, piece])  # [Hkv, G * Tp, C, D]
+        high = summaries[:, None, piece, 0]
+        low = summaries[:, None, piece, -1]
+        scores.append(torch.maximum(turned * low, turned * high).sum(dim=-1))
+    return torch.cat(scores, dim=-1)

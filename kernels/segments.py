@@ -76,7 +76,8 @@ class Segments(Sequence[Segment]):
     run_heads: np.ndarray
     """int64 [R]: KV head of each run, -1 = all."""
     key_starts: np.ndarray
-    """int64 [S, heads of base]"""
+    """int64 [S, heads of base]: see `Segment.key_start`, but of windows counted from 0: a base may then
+    change without touching them."""
     base: tuple[int, ...]
     page_tokens: int
 
@@ -105,11 +106,14 @@ class Segments(Sequence[Segment]):
 
     def _one(self, at: int) -> Segment:
         first, heads, n, tokens, renumbered, kind = self.table[at].tolist()
+        starts = self.key_starts[at]
+        if KINDS[kind] == "window":
+            starts = starts - np.array(self.base)
         return Segment(
             KINDS[kind],
             self.runs[first : first + heads * n].reshape(heads, n),
             tokens,
-            tuple(self.key_starts[at].tolist()),
+            tuple(starts.tolist()),
             self.base,
             bool(renumbered),
             self.page_tokens,

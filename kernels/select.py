@@ -12,13 +12,14 @@ from .score import score_chunks
 from .selection import (
     Selection,
     candidate_end,
+    chunk_shares,
     first_chunks,
     keeps_all,
     reduce_heads,
     split_chunks,
     top_chunks,
 )
-from .summaries import SummarySource
+from .summaries import Summaries
 
 
 def select_blocks(
@@ -30,7 +31,8 @@ def select_blocks(
     previous: Selection | None = None,
     level: int = 0,
     coarse: Tensor | None = None,
-    summaries: SummarySource | None = None,
+    summaries: Summaries | None = None,
+    scale: float | None = None,
 ) -> Selection:
     """Blocks that the queries at [q_start, q_start + Tq) attend to, besides sinks and window.
 
@@ -38,7 +40,8 @@ def select_blocks(
     level: first stage to recompute, from previous.inputs[level]; level 0 starts from all chunks,
     level == len(stages) returns previous.
     coarse: int64 [Hsel, n] or [n], ascending chunk starts that leave stage 0, if it was scored
-    elsewhere (the retriever). summaries: ready summaries for bounds and mean stages.
+    elsewhere (the retriever). summaries: ready summaries for bounds and mean stages, which are made
+    from the keys without. scale: the softmax scale, 1 / sqrt(D) by default (reduce, top_p).
     Raises InternalError on a dense policy, a missing previous, or pages that are absent.
     """
     n_stages = len(policy.stages)
@@ -55,14 +58,19 @@ def select_blocks(
         assert known is not None  # stage 0 alone has no stored input
         starts = known
     end = candidate_end(q_start, policy)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
     for i in range(level, n_stages):
         stage = policy.stages[i]
         if i == 0 and coarse is not None:
             starts = coarse.expand(n_sel, -1)
-        elif not keeps_all(starts, stage):
-            scores = score_chunks(q, q_start, view, starts, stage, policy, rope, summaries)
-            reduced = reduce_heads(scores, view.n_kv_heads, policy.head_reduce)
-            starts = top_chunks(starts, reduced, stage.keep // stage.chunk)
+        elif not keeps_all(starts, stage) or (stage.top_p is not None and starts.shape[1]):
+            scores = score_chunks(q, q_start, view, starts, stage, policy, rope, scale, summaries)
+            reduced = reduce_heads(scores, policy.head_reduce)
+            shares = None
+            if stage.top_p is not None:
+                shares = chunk_shares(starts, reduced, policy, scale)
+            n_keep = stage.keep // stage.chunk
+            starts = top_chunks(starts, reduced, n_keep, shares, stage.top_p or 1.0)
         if i + 1 < n_stages:
             starts = split_chunks(starts, stage.chunk, policy.stages[i + 1].chunk, end)
             inputs[i + 1] = starts

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.stage import HeadReduce, LayerPolicy, SelectRope, Stage
+from ..core.stage import QUERY_BLOCK, HeadReduce, LayerPolicy, Stage
 from .rope import Rope
 
 
@@ -62,15 +62,25 @@ def split_chunks(starts: Tensor, chunk: int, child: int, end: int) -> Tensor:
     return flat[:, :longest].contiguous()
 
 
-def top_chunks(starts: Tensor, scores: Tensor, n_keep: int) -> Tensor:
+def top_chunks(
+    starts: Tensor,
+    scores: Tensor,
+    n_keep: int,
+    shares: np.ndarray | None = None,
+    top_p: float = 1.0,
+) -> Tensor:
     """The n_keep best chunks in ascending order; equal scores go to the lower index.
 
-    starts: int64 [Hsel, n] padded with -1; scores: [Hsel, n]. Returns int64 [Hsel, <= n_keep].
+    starts: int64 [n lists, n] padded with -1; scores: [n lists, n]. With shares (like scores, summing
+    to 1) a list ends with the chunk that brings their sum to top_p. Returns int64 [n lists, <= n_keep],
+    padded with -1.
     """
     n_keep = min(n_keep, starts.shape[1])
     lists = starts.numpy()
     # NaN counts as best: attention then shows it, and the engine refuses the row
     ranks = np.where(lists < 0, -np.inf, np.nan_to_num(scores.numpy(), nan=np.inf, neginf=-np.inf))
+    if shares is not None:
+        return _fewest(lists, ranks, n_keep, shares, top_p)
     least = np.partition(ranks, -n_keep, axis=1)[:, -n_keep, None]
     above, equal = ranks > least, ranks == least
     room = n_keep - above.sum(axis=1, keepdims=True)
@@ -78,16 +88,44 @@ def top_chunks(starts: Tensor, scores: Tensor, n_keep: int) -> Tensor:
     return torch.from_numpy(lists[kept].reshape(len(lists), n_keep))
 
 
+def _fewest(
+    lists: np.ndarray, ranks: np.ndarray, n_keep: int, shares: np.ndarray, top_p: float
+) -> Tensor:
+    order = np.argsort(-ranks, axis=1, kind="stable")[:, :n_keep]
+    reached = np.take_along_axis(shares, order, axis=1).cumsum(axis=1, dtype=np.float64)
+    counts = np.minimum((reached < top_p).sum(axis=1) + 1, n_keep)
+    kept = np.full((len(lists), int(counts.max(initial=1))), -1, dtype=np.int64)
+    for i, count in enumerate(counts):
+        found = np.sort(lists[i, order[i, :count]])
+        found = found[found >= 0]
+        kept[i, : len(found)] = found
+    return torch.from_numpy(kept)
+
+
+def chunk_shares(starts: Tensor, scores: Tensor, policy: LayerPolicy, scale: float) -> np.ndarray:
+    """Estimated share of each chunk in the attention over all chunks of its list: [n lists, n].
+
+    From reduced scores: a softmax of raw ones, or the shares themselves made to sum to 1.
+    """
+    dead = starts < 0
+    if policy.reduce == "softmax":
+        shares = scores.masked_fill(dead, 0.0)
+        shares = shares / shares.sum(dim=-1, keepdim=True).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
+    else:
+        shares = (scores * scale).masked_fill(dead, -torch.inf).softmax(dim=-1)
+    return shares.numpy()
+
+
 def keeps_all(starts: Tensor, stage: Stage) -> bool:
     """Whether everything that enters the stage leaves it (no scoring needed: exact)."""
     return starts.shape[-1] <= stage.keep // stage.chunk
 
 
-def reduce_heads(scores: Tensor, n_kv_heads: int, head_reduce: HeadReduce) -> Tensor:
-    """Maximum over the heads that share a mask: [H, n] -> [1, n] or [Hkv, n] (paper 4, Eq 3)."""
-    if head_reduce == "all":
-        return scores.amax(dim=0, keepdim=True)
-    return scores.reshape(n_kv_heads, -1, scores.shape[1]).amax(dim=1)
+def reduce_heads(scores: Tensor, head_reduce: HeadReduce) -> Tensor:
+    """The best of the KV heads that share a mask: [Hkv, n] -> [1, n] or [Hkv, n] (paper 4, Eq 3)."""
+    return scores.amax(dim=0, keepdim=True) if head_reduce == "all" else scores
 
 
 def pool_queries(q: Tensor, stride: int) -> Tensor:
@@ -112,7 +150,7 @@ class StagePositions:
 
 
 def stage_positions(
-    style: SelectRope, starts: Tensor, chunk: int, q_start: int, n_queries: int, policy: LayerPolicy
+    policy: LayerPolicy, starts: Tensor, chunk: int, q_start: int, n_queries: int
 ) -> StagePositions:
     """Positions of one stage.
 
@@ -123,8 +161,11 @@ def stage_positions(
     - relative: left 0, right 1, the query w' + 1.
     - streaming: entering tokens are renumbered consecutively so that the last one stands where the
       candidate region ends; the query keeps its own position.
+    - clamped: true distances, at most select_span; a chunk has one position, its middle (that of its
+      block of 64 tokens if it is smaller). Counted from the clamp, because only distances matter.
     - none: true positions.
     """
+    style = policy.select_rope
     n_heads, n_chunks = starts.shape
     own = torch.arange(q_start, q_start + n_queries).expand(n_heads, -1)
     live = (starts >= 0).sum(dim=-1, keepdim=True)
@@ -142,6 +183,15 @@ def stage_positions(
         n_live_tokens = size.sum(dim=-1, keepdim=True)
         # all chunks but the last are whole, so the rank of a chunk's first token is index * chunk
         return StagePositions(own, end - n_live_tokens + index * chunk, True, False)
+    if style == "clamped":
+        first = max(0, q_start - policy.select_span)
+        middle = starts + chunk // 2
+        if chunk < QUERY_BLOCK:
+            middle = torch.div(starts, QUERY_BLOCK, rounding_mode="floor") * QUERY_BLOCK
+            middle = middle + QUERY_BLOCK // 2
+        return StagePositions(
+            own - first, middle.clamp(min=first, max=max(first, q_start)) - first, False, False
+        )
     return StagePositions(own, starts, True, False)
 
 

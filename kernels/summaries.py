@@ -1,62 +1,182 @@
-"""Summaries of runs of keys, over UNROTATED keys (DESIGN 1.2), for the bounds and mean scorers."""
+"""Summaries of runs of keys, over UNROTATED keys (DESIGN 1.2): for the bounds and mean scorers, and
+for the estimate of what attention leaves out.
+
+Ready summaries lie in tables with one slot per page, found through the row's list of slots, so rows
+that share pages share them. A chunk longer than a page lies in the slot of its last page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.stage import LayerPolicy
 from .paged import PagedKV, gather_blocks
 
-SummaryKind = Literal["bounds", "mean"]
-SummarySource = Callable[[SummaryKind, Tensor, int], Tensor]
-"""(kind, starts int64 [Hkv, n], chunk) -> float32 [Hkv, n, 2 or 1, D], see `summarise`. Asked only
-for whole chunks; the cut last chunk of a query block is always computed from its keys."""
+SummaryKind = Literal["bounds", "mean", "tail"]
+TableName = tuple[SummaryKind, int]
+"""(kind, tokens per summary)"""
+PIECE_TOKENS = 1 << 16
+"""Tokens summarised at once: bounds the float32 copy of their keys."""
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """Ready summaries of one row in one layer."""
+
+    tables: Mapping[TableName, Tensor]
+    """bounds: [n_slots, Hkv, per page, 2 (maximum, minimum), D]; mean: [n_slots, Hkv, per page, 1, D];
+    tail: [n_slots, Hkv, 2 (mean K, mean V), per page, D], which is a memory of `PagedKV`. Contiguous,
+    float32 or 16 bit."""
+    slots: np.ndarray
+    """int64 [n_pages or more]: slot of each leading page."""
+    n_pages: int
+    """Leading pages whose slots are filled."""
+    page_tokens: int
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_pages * self.page_tokens
+
+
+def tables_of(policy: LayerPolicy) -> tuple[TableName, ...]:
+    """What a policy's stages and tail read, coarse to fine."""
+    names: list[TableName] = []
+    for stage in policy.stages:
+        if stage.scorer != "search":
+            names.append(("mean" if stage.scorer == "mean" else "bounds", stage.chunk))
+    if policy.tail:
+        names.append(("tail", policy.tail))
+    return tuple(dict.fromkeys(names))
+
+
+def per_page_of(chunk: int, page_tokens: int) -> int:
+    """Summaries in the slot of one page."""
+    return max(1, page_tokens // chunk)
+
+
+def table_shape(
+    name: TableName, n_slots: int, n_kv_heads: int, page_tokens: int, head_dim: int
+) -> tuple[int, ...]:
+    kind, chunk = name
+    n = per_page_of(chunk, page_tokens)
+    if kind == "tail":
+        return (n_slots, n_kv_heads, 2, n, head_dim)
+    return (n_slots, n_kv_heads, n, 2 if kind == "bounds" else 1, head_dim)
+
+
+def table_dtype(kind: SummaryKind, kv_dtype: torch.dtype) -> torch.dtype:
+    """Bounds of 16-bit keys are 16-bit numbers; means are rounded only where many are read."""
+    if kind == "mean" or kv_dtype == torch.float32:
+        return torch.float32
+    return torch.float16 if kv_dtype == torch.int8 else kv_dtype
 
 
 def summarise(kind: SummaryKind, keys: Tensor, sizes: Tensor) -> Tensor:
-    """Summaries of runs of keys.
+    """Summaries of runs of keys (or of values, for their means).
 
     keys: [Hkv, n, chunk, D] float32, of which the first sizes [Hkv, n] of each run count.
-    Returns [Hkv, n, 2, D] (minimum, maximum) for "bounds", [Hkv, n, 1, D] for "mean". Runs of
+    Returns [Hkv, n, 2, D] (maximum, minimum) for "bounds", else the mean [Hkv, n, 1, D]. Runs of
     size 0 give zeros.
     """
     counted = (torch.arange(keys.shape[2]) < sizes[..., None])[..., None]
-    if kind == "mean":
+    if kind != "bounds":
         total = keys.masked_fill(~counted, 0.0).sum(dim=2)
         return (total / sizes.clamp(min=1)[..., None])[:, :, None]
     low = keys.masked_fill(~counted, torch.inf).amin(dim=2)
     high = keys.masked_fill(~counted, -torch.inf).amax(dim=2)
-    return torch.stack((low, high), dim=2).masked_fill((sizes == 0)[..., None, None], 0.0)
+    return torch.stack((high, low), dim=2).masked_fill((sizes == 0)[..., None, None], 0.0)
 
 
 def chunk_summaries(
-    kind: SummaryKind,
-    view: PagedKV,
-    starts: Tensor,
-    chunk: int,
-    end: int,
-    source: SummarySource | None = None,
+    kind: SummaryKind, view: PagedKV, starts: Tensor, chunk: int, end: int
 ) -> Tensor:
-    """Summaries of the chunks at starts [Hkv, n] (-1 = padding), each cut at token `end`.
+    """Summaries of the chunks at starts [Hkv, n] (-1 = padding), each cut at token `end`, from their
+    keys: [Hkv, n, 2 or 1, D]."""
+    sizes = (end - starts).clamp(min=0, max=chunk).masked_fill(starts < 0, 0)
+    keys = gather_blocks(view, starts, chunk).unflatten(1, (-1, chunk))
+    return summarise(kind, keys, sizes)
 
-    Returns [Hkv, n, 2 or 1, D]. With a source, only cut chunks are read from their keys.
+
+def page_summaries(
+    name: TableName, view: PagedKV, first_page: int, last_page: int
+) -> tuple[int, Tensor]:
+    """Summaries that pages [first_page, last_page) complete, ready to be put into slots.
+
+    Returns the first page that gets one and [n_pages, Hkv, ...] as `table_shape` says. Chunks longer
+    than a page come with their last page: only these pages are returned, `step` apart (see `put`).
     """
-    sizes = (end - starts).clamp(max=chunk).masked_fill(starts < 0, 0)
-    whole = sizes == chunk
-    if source is None or not bool(whole.any()):
-        keys = gather_blocks(view, starts, chunk).unflatten(1, (-1, chunk))
-        return summarise(kind, keys, sizes)
-    ready = source(kind, starts.masked_fill(~whole, -1), chunk).clone()
-    head, index = ((sizes > 0) & (sizes < chunk)).nonzero(as_tuple=True)
-    if head.numel():
-        # at most one cut chunk per head, always the last of its list
-        cut = torch.full((starts.shape[0], 1), -1)
-        cut[head, 0] = starts[head, index]
-        cut_sizes = torch.zeros_like(cut)
-        cut_sizes[head, 0] = sizes[head, index]
-        keys = gather_blocks(view, cut, chunk).unflatten(1, (-1, chunk))
-        ready[head, index] = summarise(kind, keys, cut_sizes)[head, 0]
-    return ready.masked_fill((sizes == 0)[..., None, None], 0.0)
+    kind, chunk = name
+    page_tokens, n_heads = view.page_tokens, view.n_kv_heads
+    step = max(1, chunk // page_tokens)
+    # the chunks whose last page is among these
+    first_chunk = (first_page // step) * step * page_tokens // chunk
+    last_chunk = (last_page // step) * step * page_tokens // chunk
+    starts = torch.arange(first_chunk * chunk, last_chunk * chunk, chunk).expand(n_heads, -1)
+    per_page = per_page_of(chunk, page_tokens)
+    pieces = []
+    n_piece = max(1, PIECE_TOKENS // (chunk * per_page)) * per_page
+    for i in range(0, starts.shape[1], n_piece):
+        part = starts[:, i : i + n_piece]
+        made = chunk_summaries(kind, view, part, chunk, view.n_tokens)
+        if kind == "tail":
+            values = gather_blocks(view, part, chunk, "v").unflatten(1, (-1, chunk))
+            made = torch.cat((made, values.mean(dim=2, keepdim=True)), dim=2)
+        pieces.append(made)
+    if not pieces:
+        return last_page, torch.zeros(table_shape(name, 0, n_heads, page_tokens, view.head_dim))
+    rows = torch.cat(pieces, dim=1).unflatten(1, (-1, per_page)).transpose(0, 1)
+    if kind == "tail":
+        rows = rows.transpose(2, 3)
+    return (first_page // step) * step + step - 1, rows.contiguous()
+
+
+def put(
+    table: Tensor,
+    name: TableName,
+    slots: np.ndarray,
+    first_page: int,
+    rows: Tensor,
+    page_tokens: int,
+) -> None:
+    """Store what `page_summaries` returned; slots: of the row's pages."""
+    step = max(1, name[1] // page_tokens)
+    pages = np.arange(first_page, first_page + step * len(rows), step)
+    table[torch.from_numpy(slots[pages])] = rows.to(table.dtype)
+
+
+def summarise_pages(view: PagedKV, policy: LayerPolicy, n_pages: int | None = None) -> Summaries:
+    """All summaries that a policy reads, of a view's full pages: for tests and benchmarks."""
+    n_pages = view.n_tokens // view.page_tokens if n_pages is None else n_pages
+    slots = np.arange(n_pages)
+    tables = {}
+    for name in tables_of(policy):
+        shape = table_shape(name, n_pages, view.n_kv_heads, view.page_tokens, view.head_dim)
+        table = torch.zeros(shape, dtype=table_dtype(name[0], view.kv_dtype))
+        for first in range(0, n_pages, _pages_at_once(name[1], view.page_tokens)):
+            last = min(n_pages, first + _pages_at_once(name[1], view.page_tokens))
+            at, rows = page_summaries(name, view, first, last)
+            put(table, name, slots, at, rows, view.page_tokens)
+        tables[name] = table
+    return Summaries(tables, slots, n_pages, view.page_tokens)
+
+
+def _pages_at_once(chunk: int, page_tokens: int) -> int:
+    step = max(1, chunk // page_tokens)
+    return max(step, PIECE_TOKENS // page_tokens // step * step)
+
+
+def check_tables(names: Iterable[TableName], page_tokens: int, sink: int) -> str | None:
+    """Why summaries of these sizes cannot lie in pages' slots; None if they can."""
+    for kind, chunk in names:
+        if (page_tokens % chunk and chunk % page_tokens) or sink % chunk:
+            return (
+                f"{kind} summaries of {chunk} tokens: they must divide page_tokens ({page_tokens}) or be "
+                f"a multiple of it, and divide sink ({sink})"
+            )
+    return None

@@ -82,7 +82,7 @@ class Engine:
             geometry, config.cache.device_pages, recipe, client, config.store.timeout_s * 3
         )
         self.index = SummaryIndex(
-            config.retriever, policies, geometry.page_tokens, model.rope, retrievers or {}
+            config.retriever, policies, geometry.page_tokens, retrievers or {}
         )
         self._attention = LayerAttention(self.flow, policies, model.rope, self.index)
         self._rows: dict[str, Row] = {}

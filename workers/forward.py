@@ -49,6 +49,7 @@ class LayerAttention:
         row: Row,
         q: Tensor,
         q_start: int,
+        scale: float,
         previous: Selection | None = None,
         level: int = 0,
         check: bool = True,
@@ -65,8 +66,12 @@ class LayerAttention:
         started = time.monotonic()
         while True:
             view = self.flow.selection_view(layer, row, q_start + q.shape[1])
-            ready = self._index.select_arguments(layer, row, q, q_start, view, level)
-            selection = select_blocks(q, q_start, view, policy, self.rope, previous, level, **ready)
+            versions = self.flow.versions_of(row)
+            coarse = self._index.coarse(layer, row, q, q_start, view) if level == 0 else None
+            ready = self._index.summaries(layer, row, q_start, view, versions)
+            selection = select_blocks(
+                q, q_start, view, policy, self.rope, previous, level, coarse, ready, scale
+            )
             if not check or not self.mend(layer, row, previous, level):
                 break
         row.stats.seconds_select += time.monotonic() - started
@@ -88,7 +93,7 @@ class LayerAttention:
             pages = torch.unique(touched.clamp(max=len(row.page_ids) - 1)).tolist()
         if not self.flow.mend_in_place(layer, row, pages):
             return False
-        self._index.close(row)  # its summaries may have been made of bad bytes
+        self._index.forget(layer, row)  # its summaries may have been made of bad bytes
         return True
 
     def segments(
@@ -193,7 +198,7 @@ class PrefillStep:
         for first, last in self._query_blocks:
             at = slice(first - self._start, last - self._start)
             block = q[:, at].contiguous()
-            selection = attention.select(layer, row, block, first, check=False)
+            selection = attention.select(layer, row, block, first, scale, check=False)
             segments = attention.segments(layer, first, last - first, selection)
             leaves = attention.leaves_of(row, segments)
             merged = attention.attend(layer, row, block, first, segments, leaves, scale)
@@ -232,7 +237,7 @@ class DecodeStep:
             len(attention.policies),
             first=previous is None,
         )
-        selection = attention.select(layer, row, q, position, previous, level)
+        selection = attention.select(layer, row, q, position, scale, previous, level)
         row.selections[layer] = selection
         plan = self._plan(layer, row, position, selection)
         out = attention.attend(layer, row, q, position, plan.segments, plan.leaves, scale)

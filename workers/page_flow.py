@@ -166,6 +166,10 @@ class PageFlow:
             self._generation = grown
         self._generation[page_id] += 1
 
+    def versions_of(self, row: Row) -> np.ndarray:
+        """How often each page number of the row has been given to a page, int64 [n_pages]."""
+        return self._generation[row.page_ids.array]  # type: ignore[no-any-return]
+
     def lose(self, page_id: int) -> None:
         """Make a page unknown, so that the next row to open computes it again."""
         key = self.pages.keys[page_id]

@@ -44,8 +44,9 @@ class RetrieverService:
         return Reply({"known": self._retriever.open(header["context_id"], keys)})
 
     def _do_add(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
-        summaries = _tensor(buffers[0], header["shape"])
-        self._retriever.add(header["context_id"], header["layer"], header["first_page"], summaries)
+        rows = _tensor(buffers[0], header["shape"])
+        first, last = header["first_page"], header["last_page"]
+        self._retriever.add(header["context_id"], header["layer"], first, last, rows)
         return Reply({})
 
     def _do_select(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:

@@ -1,7 +1,7 @@
 """A worker's side of the retriever: keeps summaries current, and asks for the coarse stage.
 
-With `retriever.remote` the first stage is scored where the summaries are; otherwise the same object
-runs here and hands its summaries to the selection.
+With `retriever.remote` the first stage is scored where its summaries are; all others are kept here, by
+page, and handed to the selection.
 """
 
 from __future__ import annotations
@@ -15,33 +15,42 @@ from torch import Tensor
 
 from ..core.config import RetrieverConfig
 from ..core.stage import LayerPolicy
-from ..kernels.ops import PagedKV, Rope, candidate_end, chunk_summaries, gather_tokens
+from ..kernels.ops import PagedKV, Summaries, candidate_end, gather_tokens, page_summaries
 from ..kvstore.placement import rendezvous
 from ..kvstore.transport import Channel, connect
-from .retriever import Retriever
+from .retriever import first_tables, summary_tables
 from .row import Row
+from .summary_pool import SummaryPool
 
 
 class SummaryIndex:
-    """Summaries of this worker's rows. Does nothing where no first stage uses summaries."""
+    """Summaries of this worker's rows. Does nothing where no stage uses summaries."""
 
     def __init__(
         self,
         config: RetrieverConfig,
         policies: Sequence[LayerPolicy],
         page_tokens: int,
-        rope: Rope,
         retrievers: dict[str, str],
     ) -> None:
         self._policies = policies
         self._page_tokens = page_tokens
         self._timeout_s = config.timeout_s
-        self._local = Retriever(policies, page_tokens, rope)
+        names = summary_tables(policies, page_tokens)
+        self._first = first_tables(policies, page_tokens)
         self._remote: dict[str, Channel] = {}
-        if config.remote and self._local.layers:
+        if config.remote and any(self._first):
             self._remote = {name: connect(address) for name, address in retrievers.items()}
-        self._layers = frozenset(self._local.layers)
+            # the first stage's summaries live there; later stages' and the tail's here
+            names = tuple(
+                tuple(n for n in mine if n not in first)
+                for mine, first in zip(names, self._first, strict=True)
+            )
+        self._pool = SummaryPool(names, page_tokens)
+        self._here: dict[str, dict[int, int]] = {}
+        """Per row and layer, leading pages whose summaries are here."""
         self._known: dict[str, dict[int, int]] = {}
+        """The same at the retriever."""
 
     def update_retrievers(self, addresses: dict[str, str]) -> None:
         """A retriever came back at another address: it has lost its contexts, so they are re-sent."""
@@ -52,46 +61,53 @@ class SummaryIndex:
                 self._remote[name] = connect(address)
                 self._known.clear()
 
-    def select_arguments(
-        self, layer: int, row: Row, q: Tensor, q_start: int, view: PagedKV, level: int
-    ) -> dict[str, Any]:
-        """Keyword arguments of `select_blocks` that stand for the retriever's part."""
-        if layer not in self._layers or level > 0:
-            return {}
+    def summaries(
+        self, layer: int, row: Row, q_start: int, view: PagedKV, versions: np.ndarray
+    ) -> Summaries | None:
+        """Ready summaries of all full pages before the query at q_start. versions: of the row's pages, so
+        that summaries of a page number's former page do not count."""
+        if not self._pool.names[layer]:
+            return None
+        n_pages = q_start // self._page_tokens
+        slots = row.page_ids.array
+        here = self._here.setdefault(row.row_id, {})
+        first = here.get(layer)
+        if first is None:
+            first = self._pool.n_ready(layer, slots[:n_pages], versions[:n_pages])
+        if first < n_pages:
+            self._pool.fill(layer, view, slots, versions, first, n_pages)
+        here[layer] = max(first, n_pages)
+        return self._pool.summaries(layer, slots, here[layer])
+
+    def coarse(self, layer: int, row: Row, q: Tensor, q_start: int, view: PagedKV) -> Tensor | None:
+        """The first stage scored at the retriever; None where it is scored here."""
+        if not self._remote or not self._first[layer]:
+            return None
         policy = self._policies[layer]
         end = candidate_end(q_start, policy)
         self._bring_up(layer, row, view, end // self._page_tokens)
-        if not self._remote:
-            return {"summaries": self._local.source(row.row_id, layer)}
         chunk = policy.stages[0].chunk
-        cut = (end - policy.sink) % chunk
-        tokens = torch.arange(end - cut, end)
-        cut_keys = gather_tokens(view, tokens) if cut else None
-        return {"coarse": self._select_remote(layer, row, q, q_start, cut_keys)}
+        # no ready summary covers the chunk that the end cuts, nor what its last page holds
+        covered = end // self._page_tokens * self._page_tokens // chunk * chunk
+        cut = end - max(policy.sink, covered)
+        cut_keys = gather_tokens(view, torch.arange(end - cut, end)) if cut else None
+        return self._select_remote(layer, row, q, q_start, cut_keys)
 
     def _bring_up(self, layer: int, row: Row, view: PagedKV, n_pages: int) -> None:
-        """Summaries of the row's first n_pages full pages, as far as they are missing."""
+        """The retriever's summaries of the row's first n_pages full pages, as far as they are missing."""
         if row.row_id not in self._known:
             self._known[row.row_id] = self._open(row)
         known = self._known[row.row_id]
         first = known.get(layer, 0)
         if first >= n_pages:
             return
-        stage = self._policies[layer].stages[0]
-        start, end = first * self._page_tokens, n_pages * self._page_tokens
-        starts = torch.arange(start, end, stage.chunk).expand(view.n_kv_heads, -1)
-        kind = "mean" if stage.scorer == "mean" else "bounds"
-        summaries = chunk_summaries(kind, view, starts, stage.chunk, end)  # type: ignore[arg-type]
-        if self._remote:
-            header = {"context_id": row.row_id, "layer": layer, "first_page": first}
-            self._call(row, "add", header | {"shape": list(summaries.shape)}, summaries)
-        else:
-            self._local.add(row.row_id, layer, first, summaries)
+        _, rows = page_summaries(self._first[layer][0], view, first, n_pages)
+        header = {"context_id": row.row_id, "layer": layer, "first_page": first}
+        header |= {"last_page": n_pages, "shape": list(rows.shape)}
+        self._call(row, "add", header, rows)
         known[layer] = n_pages
 
     def _open(self, row: Row) -> dict[int, int]:
-        if not self._remote:
-            return self._local.open(row.row_id, row.keys)
         header = {"context_id": row.row_id, "keys": [bytes(k) for k in row.keys]}
         reply = self._call(row, "open", header, None)
         return {int(k): int(v) for k, v in reply.header["known"].items()}
@@ -122,13 +138,16 @@ class SummaryIndex:
         name = row.keys[0] if row.keys else row.row_id.encode()
         return rendezvous(name, sorted(self._remote), 1)[0]  # type: ignore[arg-type]
 
+    def forget(self, layer: int, row: Row) -> None:
+        """The row's pages were read badly: what was made of them is made again."""
+        self._here.pop(row.row_id, None)
+        self._pool.forget(layer, row.page_ids.array)
+        self.close(row)
+
     def close(self, row: Row) -> None:
-        if self._known.pop(row.row_id, None) is None:
-            return
-        if self._remote:
+        self._here.pop(row.row_id, None)
+        if self._known.pop(row.row_id, None) is not None:
             self._call(row, "close", {"context_id": row.row_id}, None)
-        else:
-            self._local.close(row.row_id)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ import torch
 
 from longreach.kernels import attend, linear, score
 from longreach.kernels.cpu_pool import POOL
-from longreach.kernels.paged import PagedKV
+from longreach.kernels.paged import PagedKV, pack_int8, unpack_int8
 from longreach.kernels.rope import Rope
 
 
@@ -39,11 +39,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(attend, "cpu_attend", None)
         monkeypatch.setattr(attend, "cpu_merge", None)
         monkeypatch.setattr(score, "cpu_search", None)
+        monkeypatch.setattr(score, "cpu_summaries", None)
         monkeypatch.setattr(linear, "cpu_linear", None)
     else:
         assert attend.cpu_attend is not None
         assert attend.cpu_merge is not None
         assert score.cpu_search is not None
+        assert score.cpu_summaries is not None
         assert linear.cpu_linear is not None
     return str(request.param)
 
@@ -85,19 +87,20 @@ def paged() -> Callable[..., tuple[PagedKV, torch.Tensor, torch.Tensor]]:
         n_heads, n_tokens, head_dim = k.shape
         n_pages = -(-n_tokens // page_tokens)
         n_leaves = n_heads * n_pages
-        memories = tuple(
-            torch.full((n_leaves + 3, 2, page_tokens, head_dim), torch.nan).to(dtype)
-            for _ in range(n_memories)
-        )
+        stored = pack_int8 if dtype == torch.int8 else lambda x: x.to(dtype)
+        empty = stored(torch.full((n_leaves + 3, 2, page_tokens, head_dim), torch.nan))
+        memories = tuple(empty.clone() for _ in range(n_memories))
         memory = torch.randint(0, n_memories, (n_heads, n_pages), generator=random)
         row = torch.randperm(n_leaves + 3, generator=random)[:n_leaves].view(n_heads, n_pages)
         for h in range(n_heads):
             for page in range(n_pages):
                 tokens = slice(page * page_tokens, min((page + 1) * page_tokens, n_tokens))
                 leaf = memories[memory[h, page]][row[h, page]]
-                leaf[0, : tokens.stop - tokens.start] = k[h, tokens].to(dtype)
-                leaf[1, : tokens.stop - tokens.start] = v[h, tokens].to(dtype)
+                leaf[0, : tokens.stop - tokens.start] = stored(k[h, tokens])
+                leaf[1, : tokens.stop - tokens.start] = stored(v[h, tokens])
         view = PagedKV(memories, memory, row, page_tokens, n_tokens)
+        if dtype == torch.int8:
+            return view, unpack_int8(pack_int8(k)), unpack_int8(pack_int8(v))
         return view, k.to(dtype).float(), v.to(dtype).float()
 
     return make

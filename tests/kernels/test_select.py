@@ -10,10 +10,17 @@ import torch
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
 from longreach.kernels import reference_select as reference
-from longreach.kernels.ops import PagedKV, Rope, Selection, chunk_summaries, select_blocks
+from longreach.kernels.ops import (
+    PagedKV,
+    Rope,
+    Selection,
+    candidate_end,
+    select_blocks,
+    summarise_pages,
+)
 from longreach.kernels.selection import reduce_heads, top_chunks
 
-STYLES = ["chunk-indexed", "relative", "streaming", "none"]
+STYLES = ["chunk-indexed", "relative", "streaming", "none", "clamped"]
 
 
 def lists(selection: Selection) -> list[list[int]]:
@@ -82,32 +89,73 @@ def test_formats_and_geometries(path, paged, rope, dtype, group, head_dim, page_
 @pytest.mark.parametrize("scorer", ["bounds", "mean"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("head_reduce", ["all", "kv-group"])
-def test_summary_scorers_equal_the_specification(paged, rope, scorer, style, head_reduce):
+@pytest.mark.parametrize("reduce", ["max", "softmax"])
+def test_summary_scorers_equal_the_specification(
+    path, paged, rope, scorer, style, head_reduce, reduce
+):
     k, v = torch.randn(2, 2, 1200, 32).unbind(0)
     view, k, _ = paged(k, v, 64)
-    policy = policy_of(style, chain(scorer=scorer), head_reduce=head_reduce)
+    more = {"head_reduce": head_reduce, "reduce": reduce, "select_span": 400}
+    policy = policy_of(style, chain(scorer=scorer), **more)
     for q_start, n_queries in ((1088, 64), (1190, 3), (1199, 1)):
         compare(torch.randn(4, n_queries, 32), q_start, k, view, policy, rope(32))
 
 
-def test_summaries_may_come_from_a_source(paged, rope):
-    k, v = torch.randn(2, 2, 1200, 32).unbind(0)
-    view, k, _ = paged(k, v, 64)
-    policy = policy_of("none", chain(scorer="bounds"))
-    asked = []
+@pytest.mark.parametrize("variant", ["paper", "authors"])
+@pytest.mark.parametrize("reduce", ["max", "softmax"])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.5, 0.97, 1.0])
+def test_top_p_and_softmax_equal_the_specification(path, paged, rope, variant, reduce, top_p):
+    k, v = torch.randn(2, 2, 1500, 64).unbind(0)
+    view, k, _ = paged(k, v, 64, torch.float16)
+    for scorer, head_reduce in (("search", "all"), ("bounds", "kv-group"), ("search", "kv-group")):
+        stages = chain(variant, scorer)
+        stages = (*stages[:2], stages[2].model_copy(update={"top_p": top_p, "scorer": scorer}))
+        policy = policy_of("clamped", stages, reduce=reduce, head_reduce=head_reduce)
+        for q_start, n_queries in ((1408, 64), (1499, 1)):
+            compare(3 * torch.randn(6, n_queries, 64), q_start, k, view, policy, rope(64))
 
-    def source(kind: str, starts: torch.Tensor, chunk: int) -> torch.Tensor:
-        asked.append(starts)
-        assert kind == "bounds"
-        return chunk_summaries(kind, view, starts, chunk, view.n_tokens)
 
-    q = torch.randn(4, 64, 32)
-    plain = select_blocks(q, 1088, view, policy, rope(32))
-    sourced = select_blocks(q, 1088, view, policy, rope(32), summaries=source)
-    assert torch.equal(plain.blocks, sourced.blocks)
-    # the candidates end at 1088 - 64: the last chunk [992, 1024) is cut and never asked for
-    assert asked
-    assert all(int(starts.max()) < 992 - 32 + 1 for starts in asked)
+@pytest.mark.parametrize(
+    ("dtype", "group", "head_dim", "page_tokens"),
+    [
+        (torch.float32, 1, 80, 64),
+        (torch.float16, 2, 64, 32),
+        (torch.bfloat16, 3, 128, 16),
+        (torch.float16, 5, 96, 64),
+        (torch.bfloat16, 8, 64, 128),
+        (torch.int8, 7, 256, 64),
+        (torch.float32, 4, 24, 64),  # a head size that the fast path leaves to torch
+    ],
+)
+@pytest.mark.parametrize("reduce", ["max", "softmax"])
+def test_ready_summaries_select_what_the_keys_do(
+    path, paged, rope, dtype, group, head_dim, page_tokens, reduce
+):
+    """Tables of whole chunks, shorter and longer than a page; the rest comes from the keys."""
+    k, v = torch.randn(2, 2, 1111, head_dim).unbind(0)
+    view, k, _ = paged(k, v, page_tokens, dtype, n_memories=2)
+    chunks = (64, 16, 8)
+    stages = tuple(
+        Stage(chunk=c, keep=n, scorer=scorer)
+        for c, n, scorer in zip(chunks, (512, 256, 96), ("mean", "bounds", "bounds"), strict=True)
+    )
+    for style, n_queries in (("relative", 23), ("chunk-indexed", 1), ("clamped", 64), ("none", 1)):
+        policy = policy_of(style, stages, sink=64, reduce=reduce)
+        n_pages = (1111 - n_queries) // page_tokens
+        ready = summarise_pages(view, policy, n_pages)
+        q_start = 1111 - n_queries
+        q = torch.randn(2 * group, n_queries, head_dim)
+        want = select_blocks(q, q_start, view, policy, rope(head_dim, 1.2))
+        got = select_blocks(q, q_start, view, policy, rope(head_dim, 1.2), summaries=ready)
+        if dtype != torch.int8:  # whose bounds are kept in 16 bit
+            assert torch.equal(got.blocks, want.blocks)
+        if path == "numba" and head_dim % 16 == 0:
+            # no key of a page with ready summaries is touched
+            row = view.row.clone()
+            row[:, : (candidate_end(q_start, policy) // 64 * 64) // page_tokens] = -1
+            blind = PagedKV(view.memories, view.memory, row, page_tokens, view.n_tokens)
+            again = select_blocks(q, q_start, blind, policy, rope(head_dim, 1.2), summaries=ready)
+            assert torch.equal(again.blocks, got.blocks)
 
 
 def test_coarse_stage_scored_elsewhere(paged, rope):
@@ -189,9 +237,9 @@ def test_top_chunks_ties_and_padding():
 
 
 def test_reduce_heads():
-    scores = torch.tensor([[1.0, 9.0], [2.0, 0.0], [3.0, 1.0], [0.0, 4.0]])
-    assert reduce_heads(scores, 2, "all").tolist() == [[3.0, 9.0]]
-    assert reduce_heads(scores, 2, "kv-group").tolist() == [[2.0, 9.0], [3.0, 4.0]]
+    scores = torch.tensor([[2.0, 9.0], [3.0, 4.0]])
+    assert reduce_heads(scores, "all").tolist() == [[3.0, 9.0]]
+    assert reduce_heads(scores, "kv-group").tolist() == [[2.0, 9.0], [3.0, 4.0]]
 
 
 @pytest.mark.parametrize("head_reduce", ["all", "kv-group"])

@@ -273,7 +273,8 @@ def test_summaries_scored_here_or_at_a_retriever_select_the_same(
     plain = config(*sets)
     with monkeypatch.context() as patch:
         # the reference: no index at all, summaries made from the keys every time
-        patch.setattr(SummaryIndex, "select_arguments", lambda *a, **k: {})
+        patch.setattr(SummaryIndex, "summaries", lambda *a, **k: None)
+        patch.setattr(SummaryIndex, "coarse", lambda *a, **k: None)
         base = tokens(run(plain, prompts, tmp_path))
     settings = config(*sets, f"retriever.remote={str(remote).lower()}")
     service = RetrieverService(settings, "retriever-0")

@@ -1,0 +1,377 @@
+"""Attention of one query per row over segments, in numba: K and V are read where they lie, once for
+all heads of a KV group. Same results as `attend.attend_torch`.
+
+Positions. Where only distances matter (`streaming`), up to SPAN keys share one rotation of the
+queries, and the keys turn by their place among them: 16 rows of angles instead of one row per key,
+which would be read from memory as the keys are. With true positions (`none`) every key has the
+model's own angle, so that dense attention keeps the model's bits as nearly as float32 can.
+"""
+
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from ..core.stage import LayerPolicy
+from .cpu_compile import compiled
+from .cpu_memory import join_angles, peek_float, prefetch, rotate_float32
+from .cpu_merge import merge_rows
+from .cpu_pages import (
+    KEY,
+    VALUE,
+    address,
+    angle_table,
+    as_pages,
+    bytes_of_row,
+    kind_of,
+    n_tokens_of,
+    page_address,
+    page_tokens_of,
+    value_offset,
+)
+from .cpu_pool import POOL
+from .cpu_stored import KINDS, dots, softmax_1, softmax_2, softmax_4, weigh
+from .cpu_wait import FAILED, leave, take_ticket, wait_until
+from .paged import PagedKV, absent_page
+from .rope import FINE, Rope
+from .segments import HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT, Segments
+from .segments import KINDS as SEGMENT_KINDS
+
+SPAN = 16
+"""Consecutive positions that share one rotation of the queries."""
+BATCH = 64
+"""Values weighed in one sweep: they stay in the first-level cache while it walks over dimensions."""
+TOGETHER = 4
+"""Segments of one task: enough to read ahead across their edges."""
+AHEAD = 2
+NEAR_BYTES = 2048
+"""How many runs ahead keys and values are asked for, and how much of each; the machine's own read-ahead
+finds the rest of a long run."""
+_FAR = 1 << 60
+_WINDOW = SEGMENT_KINDS.index("window")
+_INT8 = KINDS.index("int8")
+_Q_START, _EXACT, _N_PARTIALS_DONE, _MERGE_TICKET = range(4)
+
+
+def visibility(policy: LayerPolicy) -> np.ndarray:
+    """By kind of segment, int64 [kind, 4]: least token, window (keys p - window < t), gap (keys
+    t <= p - gap), one past the greatest token."""
+    window = _FAR if policy.dense else policy.window
+    rules = {
+        "sink": (0, _FAR, policy.window, policy.sink),
+        "selected": (policy.sink, _FAR, policy.window, _FAR),
+        "window": (0, window, 0, _FAR),
+    }
+    return np.array([rules[kind] for kind in SEGMENT_KINDS], dtype=np.int64)
+
+
+def attend(
+    q: Tensor,
+    q_start: int,
+    view: PagedKV,
+    segments: Segments,
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+    o: Tensor,
+    lse: Tensor,
+    merged: tuple[Tensor, Tensor] | None = None,
+) -> bool:
+    """Fill o [S, H, 1, D] and lse [S, H, 1], and merge them into `merged` (out [H, 1, D], lse [H, 1])
+    if given; False where this path does not apply."""
+    pages = as_pages(view)
+    if pages is None or rope.head_dim != view.head_dim:
+        return False
+    n_heads, _, head_dim = q.shape
+    group = n_heads // view.n_kv_heads
+    base = segments.base
+    reach = max(segments.reach, q_start + 1 - min(base))
+    exact = angle_table(rope, reach) if policy.attend_rope == "none" else None
+    fold = scale / math.log(2.0)
+    plain = np.ascontiguousarray(q.detach().numpy().reshape(n_heads, head_dim), dtype=np.float32)
+    queries = np.empty((n_heads, head_dim), dtype=np.float32)
+    fine_cos, fine_sin, coarse_cos, coarse_sin = (t.numpy() for t in rope.distance_tables(reach))
+    if exact is None:
+        np.multiply(plain, np.float32(fold * rope.attention_scaling**2), out=queries)
+        cos, sin = fine_cos, fine_sin
+    else:
+        cos, sin = exact
+        _rotate_heads(queries, plain, np.array(base), q_start, cos, sin, np.float32(fold))
+    counters = np.array([q_start, exact is not None, 0, 0], dtype=np.int64)
+    if merged is None:
+        out, out_lse = np.empty((0, head_dim), dtype=np.float32), np.empty(0, dtype=np.float32)
+    else:
+        out, out_lse = merged[0].numpy().reshape(-1, head_dim), merged[1].numpy().reshape(-1)
+    n_segments = len(segments)
+    arguments = (
+        o.numpy().reshape(n_segments, n_heads, head_dim), lse.numpy().reshape(n_segments, n_heads),
+        out, out_lse, counters, segments.table, segments.runs, segments.key_starts,
+        np.array(base), visibility(policy), queries, cos, sin, coarse_cos, coarse_sin, pages.book,
+    )  # fmt: skip
+    most_keys = segments.most_keys
+    most_runs = int(segments.table[:, N_RUNS].max(initial=1))
+    most_runs *= 2 + int(segments.table[:, RUN_TOKENS].max(initial=1)) // view.page_tokens
+    with POOL.lock:
+        floats = POOL.scratch("decode", (3 * group * head_dim + 2 * head_dim + 32,))
+        logits = POOL.scratch("decode-s", ((most_keys + 8) * 4 * (-(-group // 4)),))
+        found = POOL.scratch("decode-v", (TOGETHER * most_runs, 4), np.int64)
+        ends = POOL.scratch("decode-e", (TOGETHER,), np.int64)
+        n_tasks = -(-n_segments // TOGETHER) * view.n_kv_heads
+        if POOL.run(_worker, arguments, n_tasks, (floats, logits, found, ends)):
+            raise absent_page(view)
+    return True
+
+
+@compiled
+def _rotate_heads(out, q, base, q_start, cos, sin, fold):
+    n_heads, head_dim = q.shape
+    half = head_dim // 2
+    for h in range(n_heads):
+        position = q_start - base[h * len(base) // n_heads]
+        rotate_float32(address(out[h]), address(q[h]), half, address(cos[position]),
+                       address(sin[position]))  # fmt: skip
+        for d in range(head_dim):
+            out[h, d] *= fold
+
+
+@compiled
+def _worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_starts, base, rules,
+            queries, cos, sin, coarse_cos, coarse_sin, book, floats, logits, found, ends):  # fmt: skip
+    n_segments, n_heads, _ = o.shape
+    n_groups = (n_segments + TOGETHER - 1) // TOGETHER
+    n_kv_heads = n_tasks // n_groups
+    at_book = address(book)
+    done = address(counters) + 8 * _N_PARTIALS_DONE
+    while True:
+        task = take_ticket(address(state))
+        if task >= n_tasks:
+            break
+        # windows come last and are the largest: begin with them
+        last = n_segments - task // n_kv_heads * TOGETHER
+        first = max(0, last - TOGETHER)
+        head = task % n_kv_heads
+        n_runs = _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules,
+                       at_book, found, ends)  # fmt: skip
+        if n_runs < 0:
+            state[FAILED] = 1
+        else:
+            begin = 0
+            for s in range(first, last):
+                end = ends[s - first]
+                n_keys = _logits(begin, end, n_runs, head, n_kv_heads, counters, base, queries, cos, sin,
+                                 coarse_cos, coarse_sin, at_book, floats, logits, found)  # fmt: skip
+                _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, at_book, floats, logits,
+                              found)  # fmt: skip
+                begin = end
+        take_ticket(done)
+    if len(out):
+        while not wait_until(done, n_tasks, 100):
+            pass
+        while True:
+            head = take_ticket(address(counters) + 8 * _MERGE_TICKET)
+            if head >= n_kv_heads:
+                break
+            group = n_heads // n_kv_heads
+            merge_rows(o, lse, out, out_lse, head * group, (head + 1) * group)
+    leave(address(state))
+
+
+@compiled
+def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules, book, found,
+          ends):  # fmt: skip
+    """The visible part of every run of segments [first, last): addresses, keys, position.
+
+    found: rows of (address of the first value, keys, address of the first key, position); ends: after
+    each segment, the rows so far. Returns their number, -1 if a page is absent.
+    """
+    q_start = counters[_Q_START]
+    page_tokens = page_tokens_of(book)
+    to_value = value_offset(book) * (VALUE - KEY)
+    n = 0
+    for s in range(first, last):
+        n_runs, run_tokens, kind = table[s, N_RUNS], table[s, RUN_TOKENS], table[s, KIND]
+        first_run = table[s, RUNS_AT] + (head * table[s, HEADS] // n_kv_heads) * n_runs
+        position = key_starts[s, head * key_starts.shape[1] // n_kv_heads]
+        if kind == _WINDOW:
+            position -= base[head * len(base) // n_kv_heads]
+        first_token = runs[first_run]
+        renumbered = table[s, RENUMBERED] == 1
+        least, window, gap, bound = rules[kind, 0], rules[kind, 1], rules[kind, 2], rules[kind, 3]
+        low_limit = max(least, q_start - window + 1)
+        high_limit = min(min(bound, q_start - gap + 1), n_tokens_of(book))
+        for r in range(n_runs):
+            start = runs[first_run + r]
+            low, high = max(start, low_limit), min(start + run_tokens, high_limit)
+            before = r * run_tokens - start if renumbered else -first_token
+            while start >= 0 and low < high:
+                # a run may go over the edge of a page
+                edge = min(high, (low // page_tokens + 1) * page_tokens)
+                src = page_address(low, KEY, head, book)
+                if src == 0:
+                    return -1
+                found[n, 0] = src + to_value
+                found[n, 1] = edge - low
+                found[n, 2] = src
+                found[n, 3] = position + low + before
+                n += 1
+                low = edge
+        ends[s - first] = n
+    return n
+
+
+@compiled
+def _tile(left):
+    """Heads of the next tile."""
+    return min(left, 4)
+
+
+@compiled
+def _width(n_heads):
+    return 4 if n_heads == 3 else n_heads
+
+
+@compiled
+def _call_near(at, n_bytes):
+    for line in range(0, n_bytes, 64):
+        prefetch(at + line)
+
+
+@compiled
+def _logits(begin, end, n_found, head, n_kv_heads, counters, base, queries, cos, sin, coarse_cos,
+            coarse_sin, book, floats, logits, found):  # fmt: skip
+    """Logits of the keys of runs [begin, end). Returns the number of keys."""
+    exact = counters[_EXACT] == 1
+    n_heads, head_dim = queries.shape
+    group, half = n_heads // n_kv_heads, head_dim // 2
+    query_position = counters[_Q_START] - base[head * len(base) // n_kv_heads]
+    row_bytes = bytes_of_row(book)
+    at_query = address(queries) + 4 * head * group * head_dim
+    at_turned = address(floats)
+    at_cos, at_sin = address(cos), address(sin)
+    stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
+    variant = 4 * kind_of(book) - 1
+    n = 0
+    origin = -SPAN
+    for r in range(begin, end):
+        if r + AHEAD < n_found:
+            # runs lie apart: ask for a later one while this one is read
+            n_bytes = min(NEAR_BYTES, found[r + AHEAD, 1] * row_bytes)
+            _call_near(found[r + AHEAD, 2], n_bytes)
+            _call_near(found[r + AHEAD, 0], n_bytes)
+        left, at, where = found[r, 1], found[r, 2], found[r, 3]
+        while left > 0:
+            if exact:
+                n_here, angle, turned = left, 4 * where * half, at_query
+            else:
+                if where < origin or where >= origin + SPAN:
+                    origin = where
+                    _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
+                          address(coarse_cos), address(coarse_sin),
+                          at_turned + 4 * 2 * group * head_dim)  # fmt: skip
+                n_here = min(left, origin + SPAN - where)
+                angle = 4 * (where - origin) * half
+                turned = at_turned
+            h = 0
+            out = address(logits)
+            while h < group:
+                m = _tile(group - h)
+                dots(out + 4 * n * _width(m), turned + 4 * h * head_dim, at, row_bytes, n_here, half,
+                     at_cos + angle, at_sin + angle, variant + m)  # fmt: skip
+                h += m
+                out += 4 * stride
+            n += n_here
+            left -= n_here
+            where += n_here
+            at += n_here * row_bytes
+    return n
+
+
+@compiled
+def _turn(dst, src, distance, n_heads, head_dim, cos, sin, coarse_cos, coarse_sin, angle):
+    """Rotate queries by a distance; angle: scratch for one row of cos and sin."""
+    half = head_dim // 2
+    at_cos = cos + 4 * (distance % FINE) * half
+    at_sin = sin + 4 * (distance % FINE) * half
+    if distance >= FINE:
+        # one rotation by the sum of the angles: (c + is)(c' + is'), of pairs (cos, sin)
+        join_angles(angle, half, at_cos, at_sin, coarse_cos + 4 * (distance // FINE) * half,
+                    coarse_sin + 4 * (distance // FINE) * half)  # fmt: skip
+        at_cos, at_sin = angle, angle + 4 * half
+    for h in range(n_heads):
+        at = 4 * h * head_dim
+        rotate_float32(dst + at, src + at, half, at_cos, at_sin)
+
+
+@compiled
+def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats, logits, found):
+    _, n_heads, head_dim = o.shape
+    group = n_heads // n_kv_heads
+    row_bytes = bytes_of_row(book)
+    kind = kind_of(book)
+    stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
+    at_acc = address(floats) + 4 * group * head_dim
+    at_ends = 3 * group * head_dim + 2 * head_dim
+    h = 0
+    first = 0
+    while h < group:
+        m = _tile(group - h)
+        width = _width(m)
+        n_floats = n_keys * width
+        padded = (n_floats + 7) // 8 * 8
+        for i in range(n_floats, padded):
+            logits[first + i] = -np.inf
+        at_s = address(logits) + 4 * first
+        at_top = address(floats) + 4 * at_ends
+        if width == 4:
+            softmax_4(at_s, padded // 8, at_top, at_top + 32)
+        elif width == 2:
+            softmax_2(at_s, padded // 8, at_top, at_top + 32)
+        else:
+            softmax_1(at_s, padded // 8, at_top, at_top + 32)
+        if kind == _INT8:
+            _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found)
+        for i in range(m * head_dim):
+            floats[group * head_dim + i] = 0.0
+        r, done = begin, 0
+        while r < end:
+            size, batch = 0, 0
+            while r + batch < end and (batch == 0 or size + found[r + batch, 1] <= BATCH):
+                size += found[r + batch, 1]
+                batch += 1
+            weigh(at_acc, at_s + 4 * done * width, address(found) + 32 * r, batch, row_bytes, head_dim,
+                  4 * kind + m - 1)  # fmt: skip
+            done += size
+            r += batch
+        for g in range(m):
+            row = head * group + h + g
+            top, total = floats[at_ends + g], floats[at_ends + 8 + g]
+            if total > 0.0:
+                lse[s, row] = np.float32((np.float64(top) + math.log2(total)) * math.log(2.0))
+                inverse = np.float32(1.0) / total
+            else:
+                # a row that sees nothing; NaN keys come here as NaN sums and stay visible as NaN
+                lse[s, row] = -np.inf if total == 0.0 else np.nan
+                inverse = np.float32(0.0) if total == 0.0 else np.float32(np.nan)
+            for d in range(head_dim):
+                o[s, row, d] = floats[group * head_dim + g * head_dim + d] * inverse
+        h += m
+        first += stride
+
+
+@compiled
+def _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found):
+    """int8 values: their scales go into the weights."""
+    n = first
+    for r in range(begin, end):
+        at = found[r, 0] + head_dim
+        for _ in range(found[r, 1]):
+            scale = peek_float(at)
+            for w in range(width):
+                logits[n + w] *= scale
+            n += width
+            at += row_bytes

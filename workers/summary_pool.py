@@ -1,0 +1,82 @@
+"""Tables of page summaries, one slot per page, shared by all rows that share the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.ops import PagedKV, Summaries, TableName, page_summaries, put_summaries, table_dtype
+
+
+class SummaryPool:
+    """Slots are numbers of the caller's choice, as are their versions: a slot that is given to another
+    page gets another version, and what was filled in for the former no longer counts."""
+
+    def __init__(self, names: Sequence[tuple[TableName, ...]], page_tokens: int) -> None:
+        self.names = tuple(names)
+        """Per layer, the tables it has."""
+        self._page_tokens = page_tokens
+        self._tables: list[dict[TableName, Tensor]] = [{} for _ in names]
+        self._filled = [np.zeros(0, dtype=np.int64) for _ in names]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.nbytes for tables in self._tables for t in tables.values())
+
+    def n_ready(self, layer: int, slots: np.ndarray, versions: np.ndarray) -> int:
+        """How many of these leading slots are filled in for these versions."""
+        self._grow(layer, int(slots.max(initial=-1)) + 1)
+        missing = np.flatnonzero(self._filled[layer][slots] != versions + 1)
+        return int(missing[0]) if len(missing) else len(slots)
+
+    def fill(
+        self,
+        layer: int,
+        view: PagedKV,
+        slots: np.ndarray,
+        versions: np.ndarray,
+        first: int,
+        last: int,
+    ) -> None:
+        """Make the summaries of the row's pages [first, last) from their keys."""
+        for name in self.names[layer]:
+            at, rows = page_summaries(name, view, first, last)
+            dtype = table_dtype(name[0], view.kv_dtype)
+            self.put(layer, name, slots, at, rows.to(dtype))
+        self.mark(layer, slots[first:last], versions[first:last])
+
+    def put(
+        self, layer: int, name: TableName, slots: np.ndarray, first_page: int, rows: Tensor
+    ) -> None:
+        """Rows of `page_summaries`; they count once `mark` was called for their pages."""
+        if not len(rows):
+            return
+        table = self._tables[layer].get(name)
+        n_slots = max(len(self._filled[layer]), int(slots.max()) + 1)
+        if table is None or len(table) < n_slots:
+            grown = torch.zeros(max(n_slots, 64), *rows.shape[1:], dtype=rows.dtype)
+            if table is not None:
+                grown[: len(table)] = table
+            self._tables[layer][name] = table = grown
+        put_summaries(table, name, slots, first_page, rows, self._page_tokens)
+
+    def mark(self, layer: int, slots: np.ndarray, versions: np.ndarray) -> None:
+        self._grow(layer, int(slots.max(initial=-1)) + 1)
+        self._filled[layer][slots] = versions + 1
+
+    def forget(self, layer: int, slots: np.ndarray) -> None:
+        """What was made of these pages was wrong."""
+        self._grow(layer, int(slots.max(initial=-1)) + 1)
+        self._filled[layer][slots] = 0
+
+    def summaries(self, layer: int, slots: np.ndarray, n_pages: int) -> Summaries:
+        return Summaries(self._tables[layer], slots, n_pages, self._page_tokens)
+
+    def _grow(self, layer: int, n_slots: int) -> None:
+        filled = self._filled[layer]
+        if n_slots > len(filled):
+            self._filled[layer] = np.zeros(max(n_slots, 2 * len(filled), 64), dtype=np.int64)
+            self._filled[layer][: len(filled)] = filled
