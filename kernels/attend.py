@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ..core.stage import LayerPolicy
 from .paged import PagedKV, block_token_ids, gather_tokens
+from .plan import plan_attend, plan_tail
 from .rope import Rope
 from .segments import Segment, Segments
+from .selection import Selection
+from .summaries import Summaries, summarise_pages
 
 try:
     from . import cpu_attend, cpu_merge
@@ -78,6 +81,8 @@ def visible(segment: Segment, tokens: Tensor, positions: Tensor, policy: LayerPo
     """
     key = tokens[..., None, :]
     query = positions[:, None]
+    if segment.kind == "tail":
+        return (key >= 0).expand(*key.shape[:-2], len(positions), -1)
     seen = (key >= 0) & (key <= query)
     if policy.dense:
         return seen
@@ -106,11 +111,14 @@ def _attend_segment(
     n_rows = rows.shape[1]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, max(0, 16 - n_rows)))
     tokens = block_token_ids(segment.starts, segment.block_tokens)
-    tokens = tokens.masked_fill(tokens > q_start + n_queries - 1, -1)
+    if segment.kind != "tail":
+        tokens = tokens.masked_fill(tokens > q_start + n_queries - 1, -1)
     keys = rope.rotate(gather_tokens(view, tokens), key_positions(segment))
     logits = (rows @ keys.mT)[:, :n_rows].view(n_kv_heads, -1, n_queries, tokens.shape[-1])
     seen = visible(segment, tokens, true, policy)
     seen = seen[:, None] if seen.dim() == 3 else seen
+    if segment.weights is not None:
+        logits = logits + torch.from_numpy(segment.weights).log()[:, None, None]
     logits = logits.masked_fill(~seen, -torch.inf)
     top = logits.amax(dim=-1, keepdim=True)
     safe_top = top.masked_fill(top == -torch.inf, 0.0)
@@ -121,6 +129,61 @@ def _attend_segment(
     out = out.view(n_kv_heads, -1, n_queries, head_dim) / total.clamp(min=1e-37)
     lse = (safe_top + total.log()).squeeze(-1)
     return out.reshape(n_heads, n_queries, head_dim), lse.reshape(n_heads, n_queries)
+
+
+def attend_block(
+    q: Tensor,
+    q_start: int,
+    view: PagedKV,
+    selection: Selection | None,
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+    summaries: Summaries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query block to all that its selection keeps, all pages present.
+
+    q: [H, Tq, D] unrotated. Returns out [H, Tq, D] and lse [H, Tq] (base e). summaries: for a policy
+    with a tail; made from the keys without.
+    """
+    segments = plan_attend(q_start, q.shape[1], selection, policy, view.page_tokens)
+    o, lse = attend_segments(q, q_start, view, segments, policy, rope, scale)
+    if policy.tail and selection is not None:
+        ready = summaries
+        if ready is None:
+            ready = summarise_pages(view, policy, q_start // view.page_tokens)
+        tail = attend_tail(q, q_start, selection, ready, policy, rope, scale)
+        if tail is not None:
+            o, lse = torch.cat((o, tail[0])), torch.cat((lse, tail[1]))
+    return merge_partials(o, lse)
+
+
+def attend_tail(
+    q: Tensor,
+    q_start: int,
+    selection: Selection,
+    summaries: Summaries,
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Partials of the estimate of what the last stage did not keep, as `attend_segments`."""
+    segments = plan_tail(q_start, selection, policy, summaries.page_tokens)
+    if segments is None:
+        return None
+    view = tail_view(summaries, policy.tail)
+    return attend_segments(q, q_start, view, segments, policy, rope, scale)
+
+
+def tail_view(summaries: Summaries, tail: int) -> PagedKV:
+    """Means of keys and values as pages of their own: token number = number of the mean."""
+    table = summaries.tables["tail", tail]
+    n_slots, n_kv_heads, _, per_page, head_dim = table.shape
+    slots = torch.from_numpy(summaries.slots[: summaries.n_pages])
+    row = slots * n_kv_heads + torch.arange(n_kv_heads)[:, None]
+    memory = table.view(n_slots * n_kv_heads, 2, per_page, head_dim)
+    n_tokens = summaries.n_pages * per_page
+    return PagedKV((memory,), torch.zeros_like(row), row, per_page, n_tokens)
 
 
 def merge_partials(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

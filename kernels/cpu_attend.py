@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.stage import LayerPolicy
 from .cpu_compile import compiled
 from .cpu_decode import attend as decode
-from .cpu_decode import visibility
+from .cpu_decode import log_weights, visibility
 from .cpu_ir import LANES
 from .cpu_pages import (
     KEY,
@@ -46,7 +46,7 @@ from .segments import (
     Segments,
 )
 
-_WINDOW = KINDS.index("window")
+_WINDOW, _TAIL = KINDS.index("window"), KINDS.index("tail")
 
 
 def attend(
@@ -81,7 +81,7 @@ def attend(
     size = np.array([q_start, n_queries, n_heads], dtype=np.int64)
     arguments = (
         o.numpy(), lse.numpy(), size, segments.table, segments.runs, segments.key_starts,
-        np.array(base), visibility(policy), tiles, *angles, pages.book,
+        np.array(base), visibility(policy), log_weights(segments), tiles, *angles, pages.book,
     )  # fmt: skip
     with POOL.lock:
         keys = POOL.scratch("attend-k", (most_keys, head_dim))
@@ -95,8 +95,8 @@ def attend(
 
 
 @compiled
-def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, base, rules, tiles, cos, sin, book, keys,
-            values, logits, spans):  # fmt: skip
+def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, base, rules, weights, tiles, cos, sin,
+            book, keys, values, logits, spans):  # fmt: skip
     n_kv_heads = tiles.shape[0]
     n_segments = table.shape[0]
     at_cos, at_sin, at_book = address(cos), address(sin), address(book)
@@ -114,7 +114,10 @@ def _worker(state, n_tasks, o, lse, size, table, runs, key_starts, base, rules, 
             state[FAILED] = 1
             leave(address(state))
             return
-        many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans)
+        # runs of a tail are single keys
+        first_run = table[s, RUNS_AT] + (head * table[s, HEADS] // n_kv_heads) * table[s, N_RUNS]
+        many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans,
+                     weights[first_run:] if len(weights) > 0 else weights)  # fmt: skip
 
 
 @compiled
@@ -135,7 +138,9 @@ def _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, cos
     rule = rules[table[s, KIND]]
     least, window, gap, bound = rule[0], rule[1], rule[2], rule[3]
     # beyond the last query, or never written: may hold anything
-    limit = min(q_start + n_queries, n_tokens_of(book))
+    limit = n_tokens_of(book)
+    if table[s, KIND] != _TAIL:
+        limit = min(q_start + n_queries, limit)
     to_value = value_offset(book) * (VALUE - KEY)
     row_bytes = 4 * keys.shape[1]
     at_key, at_value = address(keys), address(values)

@@ -35,7 +35,7 @@ from .cpu_pages import (
     value_offset,
 )
 from .cpu_pool import POOL
-from .cpu_stored import KINDS, dots, softmax_1, softmax_2, softmax_4, weigh
+from .cpu_stored import KINDS, RUN_WORDS, dots, softmax_1, softmax_2, softmax_4, weigh
 from .cpu_wait import FAILED, leave, take_ticket, wait_until
 from .paged import PagedKV, absent_page
 from .rope import FINE, Rope
@@ -66,8 +66,16 @@ def visibility(policy: LayerPolicy) -> np.ndarray:
         "sink": (0, _FAR, policy.window, policy.sink),
         "selected": (policy.sink, _FAR, policy.window, _FAR),
         "window": (0, window, 0, _FAR),
+        "tail": (0, _FAR, -_FAR, _FAR),
     }
     return np.array([rules[kind] for kind in SEGMENT_KINDS], dtype=np.int64)
+
+
+def log_weights(segments: Segments) -> np.ndarray:
+    """Base-2 logarithms of the weights of a tail's runs, float32 [R]; empty if there are none."""
+    if segments.run_weights is None:
+        return np.zeros(0, dtype=np.float32)
+    return np.log2(segments.run_weights)
 
 
 def attend(
@@ -111,7 +119,7 @@ def attend(
     arguments = (
         o.numpy().reshape(n_segments, n_heads, head_dim), lse.numpy().reshape(n_segments, n_heads),
         out, out_lse, counters, segments.table, segments.runs, segments.key_starts,
-        np.array(base), visibility(policy), queries, cos, sin, coarse_cos, coarse_sin, pages.book,
+        np.array(base), visibility(policy), log_weights(segments), queries, cos, sin, coarse_cos, coarse_sin, pages.book,
     )  # fmt: skip
     most_keys = segments.most_keys
     most_runs = int(segments.table[:, N_RUNS].max(initial=1))
@@ -119,7 +127,7 @@ def attend(
     with POOL.lock:
         floats = POOL.scratch("decode", (3 * group * head_dim + 2 * head_dim + 32,))
         logits = POOL.scratch("decode-s", ((most_keys + 8) * 4 * (-(-group // 4)),))
-        found = POOL.scratch("decode-v", (TOGETHER * most_runs, 4), np.int64)
+        found = POOL.scratch("decode-v", (TOGETHER * most_runs, RUN_WORDS), np.int64)
         ends = POOL.scratch("decode-e", (TOGETHER,), np.int64)
         n_tasks = -(-n_segments // TOGETHER) * view.n_kv_heads
         if POOL.run(_worker, arguments, n_tasks, (floats, logits, found, ends)):
@@ -141,7 +149,7 @@ def _rotate_heads(out, q, base, q_start, cos, sin, fold):
 
 @compiled
 def _worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_starts, base, rules,
-            queries, cos, sin, coarse_cos, coarse_sin, book, floats, logits, found, ends):  # fmt: skip
+            weights, queries, cos, sin, coarse_cos, coarse_sin, book, floats, logits, found, ends):  # fmt: skip
     n_segments, n_heads, _ = o.shape
     n_groups = (n_segments + TOGETHER - 1) // TOGETHER
     n_kv_heads = n_tasks // n_groups
@@ -156,15 +164,16 @@ def _worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_sta
         first = max(0, last - TOGETHER)
         head = task % n_kv_heads
         n_runs = _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules,
-                       at_book, found, ends)  # fmt: skip
+                       len(weights) > 0, at_book, found, ends)  # fmt: skip
         if n_runs < 0:
             state[FAILED] = 1
         else:
             begin = 0
             for s in range(first, last):
                 end = ends[s - first]
-                n_keys = _logits(begin, end, n_runs, head, n_kv_heads, counters, base, queries, cos, sin,
-                                 coarse_cos, coarse_sin, at_book, floats, logits, found)  # fmt: skip
+                n_keys = _logits(begin, end, n_runs, head, n_kv_heads, counters, base, weights, queries,
+                                 cos, sin, coarse_cos, coarse_sin, at_book, floats, logits,
+                                 found)  # fmt: skip
                 _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, at_book, floats, logits,
                               found)  # fmt: skip
                 begin = end
@@ -182,16 +191,17 @@ def _worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_sta
 
 
 @compiled
-def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules, book, found,
-          ends):  # fmt: skip
+def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules, weighted,
+          book, found, ends):  # fmt: skip
     """The visible part of every run of segments [first, last): addresses, keys, position.
 
-    found: rows of (address of the first value, keys, address of the first key, position); ends: after
-    each segment, the rows so far. Returns their number, -1 if a page is absent.
+    found: rows of (address of the first value, keys, address of the first key, position, number of the
+    run whose weight they have); ends: after each segment, the rows so far. Returns their number, -1 if
+    a page is absent. Runs that follow each other in memory and position are joined.
     """
     q_start = counters[_Q_START]
     page_tokens = page_tokens_of(book)
-    to_value = value_offset(book) * (VALUE - KEY)
+    to_value, row_bytes = value_offset(book) * (VALUE - KEY), bytes_of_row(book)
     n = 0
     for s in range(first, last):
         n_runs, run_tokens, kind = table[s, N_RUNS], table[s, RUN_TOKENS], table[s, KIND]
@@ -204,6 +214,7 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
         least, window, gap, bound = rules[kind, 0], rules[kind, 1], rules[kind, 2], rules[kind, 3]
         low_limit = max(least, q_start - window + 1)
         high_limit = min(min(bound, q_start - gap + 1), n_tokens_of(book))
+        begin = n
         for r in range(n_runs):
             start = runs[first_run + r]
             low, high = max(start, low_limit), min(start + run_tokens, high_limit)
@@ -214,11 +225,22 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
                 src = page_address(low, KEY, head, book)
                 if src == 0:
                     return -1
-                found[n, 0] = src + to_value
-                found[n, 1] = edge - low
-                found[n, 2] = src
-                found[n, 3] = position + low + before
-                n += 1
+                where = position + low + before
+                if (
+                    n > begin
+                    and not weighted
+                    and found[n - 1, 2] + found[n - 1, 1] * row_bytes == src
+                    and found[n - 1, 3] + found[n - 1, 1] == where
+                    and low % page_tokens
+                ):
+                    found[n - 1, 1] += edge - low
+                else:
+                    found[n, 0] = src + to_value
+                    found[n, 1] = edge - low
+                    found[n, 2] = src
+                    found[n, 3] = where
+                    found[n, 4] = first_run + r
+                    n += 1
                 low = edge
         ends[s - first] = n
     return n
@@ -242,8 +264,8 @@ def _call_near(at, n_bytes):
 
 
 @compiled
-def _logits(begin, end, n_found, head, n_kv_heads, counters, base, queries, cos, sin, coarse_cos,
-            coarse_sin, book, floats, logits, found):  # fmt: skip
+def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, queries, cos, sin,
+            coarse_cos, coarse_sin, book, floats, logits, found):  # fmt: skip
     """Logits of the keys of runs [begin, end). Returns the number of keys."""
     exact = counters[_EXACT] == 1
     n_heads, head_dim = queries.shape
@@ -251,7 +273,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, queries, cos,
     query_position = counters[_Q_START] - base[head * len(base) // n_kv_heads]
     row_bytes = bytes_of_row(book)
     at_query = address(queries) + 4 * head * group * head_dim
-    at_turned = address(floats)
+    at_turned, at_logits = address(floats), address(logits)
     at_cos, at_sin = address(cos), address(sin)
     stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
     variant = 4 * kind_of(book) - 1
@@ -277,13 +299,16 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, queries, cos,
                 angle = 4 * (where - origin) * half
                 turned = at_turned
             h = 0
-            out = address(logits)
+            out = 0
             while h < group:
                 m = _tile(group - h)
-                dots(out + 4 * n * _width(m), turned + 4 * h * head_dim, at, row_bytes, n_here, half,
-                     at_cos + angle, at_sin + angle, variant + m)  # fmt: skip
+                dots(at_logits + 4 * (out + n * _width(m)), turned + 4 * h * head_dim, at, row_bytes, n_here,
+                     half, at_cos + angle, at_sin + angle, variant + m)  # fmt: skip
+                if len(weights) > 0:
+                    for i in range(out + n * _width(m), out + (n + n_here) * _width(m)):
+                        logits[i] += weights[found[r, 4]]
                 h += m
-                out += 4 * stride
+                out += stride
             n += n_here
             left -= n_here
             where += n_here
@@ -343,7 +368,7 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
             while r + batch < end and (batch == 0 or size + found[r + batch, 1] <= BATCH):
                 size += found[r + batch, 1]
                 batch += 1
-            weigh(at_acc, at_s + 4 * done * width, address(found) + 32 * r, batch, row_bytes, head_dim,
+            weigh(at_acc, at_s + 4 * done * width, address(found) + 8 * RUN_WORDS * r, batch, row_bytes, head_dim,
                   4 * kind + m - 1)  # fmt: skip
             done += size
             r += batch

@@ -34,8 +34,11 @@ COLUMNS = 3 * LANES
 
 
 @compiled
-def many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans):
-    """A block of queries: logits [key, row] with rows in the lanes, so softmax needs no shuffles."""
+def many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spans, weights):
+    """A block of queries: logits [key, row] with rows in the lanes, so softmax needs no shuffles.
+
+    weights: base-2 logarithms added to the logits of each key, or empty.
+    """
     n_queries = size[1]
     n_kv_heads, head_dim = tiles.shape[0], tiles.shape[2]
     n_rows = size[2] // n_kv_heads * n_queries
@@ -67,6 +70,10 @@ def many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spa
                 else:
                     tile_1(at, COLUMNS, a, head_dim, 1, tile, LANES, head_dim, 0)
                     i += 1
+        if len(weights) > 0:
+            for i in range(n_keys):
+                for c in range(n_columns):
+                    logits[i * COLUMNS + c] += weights[i]
         for i in range(n_keys):
             low, high = spans[i, 0], spans[i, 1]
             if low > 0 or high < n_queries:

@@ -21,7 +21,8 @@ KINDS = ("float32", "float16", "bfloat16", "int8")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 HEADS = (1, 2, 3, 4)
 """Heads of a tile."""
-RUN_WORDS = 4
+RUN_WORDS = 5
+"""int64 numbers of one run in `weigh`."""
 
 
 def width_of(n_heads: int) -> int:

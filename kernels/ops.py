@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .attend import attend_segments, mass_kept, merge_partials
+from .attend import attend_block, attend_segments, mass_kept, merge_partials, tail_view
 from .block import BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
-from .plan import advance, plan_attend
+from .plan import advance, plan_attend, plan_tail
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
@@ -38,6 +38,7 @@ __all__ = [
     "Summaries",
     "TableName",
     "advance",
+    "attend_block",
     "attend_segments",
     "candidate_end",
     "check_tables",
@@ -49,11 +50,13 @@ __all__ = [
     "merge_partials",
     "page_summaries",
     "plan_attend",
+    "plan_tail",
     "put_summaries",
     "select_blocks",
     "summarise_pages",
     "table_dtype",
     "tables_of",
+    "tail_view",
     "touched_pages",
     "warm_up",
 ]

@@ -9,12 +9,15 @@ import numpy as np
 from ..core.errors import InternalError
 from ..core.stage import LayerPolicy
 from .segments import KINDS, Segments
-from .selection import Selection
+from .selection import Selection, first_chunks
 
 GROUP = 8
 """Pages of a sink or window segment, blocks of a selected one, at most."""
 
-_SINK, _SELECTED, _WINDOW = range(len(KINDS))
+TAIL_GROUP = 64
+"""Means of a tail segment, at most."""
+
+_SINK, _SELECTED, _WINDOW, _TAIL = range(len(KINDS))
 
 
 @dataclass
@@ -86,6 +89,53 @@ def advance(
     return replace(segments, base=base)
 
 
+def plan_tail(
+    q_start: int, selection: Selection, policy: LayerPolicy, page_tokens: int
+) -> Segments | None:
+    """The means that stand for what entered the last stage and was not kept; None if nothing is left.
+
+    A mean covers `policy.tail` tokens (a cell) and counts for those of them that were not selected, if
+    all of them are outside the window of the block's first query. Streaming: means are numbered one
+    after the other from where the selected tokens begin; else each stands at its cell's middle.
+    """
+    cell_tokens, chunk = policy.tail, policy.block_tokens
+    entered = selection.inputs[-1] if len(policy.stages) > 1 else None
+    starts = first_chunks(q_start, policy)[None] if entered is None else entered
+    base = _base(q_start, selection, policy)
+    last = q_start - policy.window + 1 - cell_tokens
+    cells, weights = [], []
+    for head in range(len(selection.counts)):
+        mine = starts[min(head, len(starts) - 1)].numpy()
+        cell, n_chunks = np.unique(mine[mine >= 0] // cell_tokens, return_counts=True)
+        kept = selection.blocks[head].numpy()
+        taken, n_taken = np.unique(kept[kept >= 0] // cell_tokens, return_counts=True)
+        at = np.searchsorted(cell, taken)
+        n_chunks[at] -= n_taken
+        live = (n_chunks > 0) & (cell * cell_tokens <= last)
+        cells.append(cell[live])
+        weights.append((n_chunks[live] * chunk).astype(np.float32))
+    n_most = max(len(c) for c in cells)
+    if not n_most:
+        return None
+    runs = np.full((len(cells), n_most), -1, dtype=np.int64)
+    counts = np.ones((len(cells), n_most), dtype=np.float32)
+    for head, (cell, weight) in enumerate(zip(cells, weights, strict=True)):
+        runs[head, : len(cell)], counts[head, : len(cell)] = cell, weight
+    n_bases = len(base)
+    renumbered = policy.attend_rope == "streaming"
+    group = TAIL_GROUP if renumbered else 1
+    sizes = _sizes(n_most, group)
+    first = np.arange(0, n_most, group)
+    if renumbered:
+        key_starts = (policy.sink + first)[:, None].repeat(n_bases, axis=1)
+    else:
+        middle = runs[:, first].T * cell_tokens + cell_tokens // 2
+        key_starts = np.broadcast_to(middle, (len(first), n_bases)).clip(min=0)
+    part = _Part(_TAIL, runs, 1, sizes, np.ascontiguousarray(key_starts), renumbered)
+    joined = _join([part], base, page_tokens // cell_tokens, group)
+    return replace(joined, run_weights=_by_segment(counts, group))
+
+
 def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int, ...]:
     """First position of the renumbered sequence (reference section 4, "ST exactly")."""
     counts: list[int] = selection.counts.tolist()
@@ -95,10 +145,10 @@ def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int,
     return tuple(max(0, room - n * policy.block_tokens) for n in counts)
 
 
-def _sizes(n_runs: int) -> np.ndarray:
-    """Runs per segment: GROUP, the rest in the last."""
-    sizes = np.full(-(-n_runs // GROUP), GROUP)
-    sizes[-1] = n_runs - GROUP * (len(sizes) - 1)
+def _sizes(n_runs: int, group: int = GROUP) -> np.ndarray:
+    """Runs per segment: a group, the rest in the last."""
+    sizes = np.full(-(-n_runs // group), group)
+    sizes[-1] = n_runs - group * (len(sizes) - 1)
     return sizes
 
 
@@ -128,7 +178,9 @@ def _windows(start: int, q_last: int, page_tokens: int, base: tuple[int, ...]) -
     return _Part(_WINDOW, pages[None] * page_tokens, page_tokens, sizes, starts, False)
 
 
-def _join(parts: list[_Part], base: tuple[int, ...], page_tokens: int) -> Segments:
+def _join(
+    parts: list[_Part], base: tuple[int, ...], page_tokens: int, group: int = GROUP
+) -> Segments:
     tables, runs, tokens, heads = [], [], [], []
     n_runs = 0
     for part in parts:
@@ -140,10 +192,10 @@ def _join(parts: list[_Part], base: tuple[int, ...], page_tokens: int) -> Segmen
         table[:, 2] = part.sizes
         table[:, 3:] = part.run_tokens, part.renumbered, part.kind
         tables.append(table)
-        runs.append(_by_segment(part.runs))
+        runs.append(_by_segment(part.runs, group))
         tokens.append(np.full(n_heads * n, part.run_tokens))
         own = np.arange(n_heads)[:, None] if n_heads > 1 else np.array([[-1]])
-        heads.append(_by_segment(np.broadcast_to(own, part.runs.shape)))
+        heads.append(_by_segment(np.broadcast_to(own, part.runs.shape), group))
         n_runs += n_heads * n
     return Segments(
         np.concatenate(tables),
@@ -156,11 +208,11 @@ def _join(parts: list[_Part], base: tuple[int, ...], page_tokens: int) -> Segmen
     )
 
 
-def _by_segment(values: np.ndarray) -> np.ndarray:
-    """[heads, n] flat, segment after segment of [heads, GROUP]; several heads are selected only,
-    whose segments all have GROUP runs but the last."""
+def _by_segment(values: np.ndarray, group: int) -> np.ndarray:
+    """[heads, n] flat, segment after segment of [heads, group]; several heads are selected or tail
+    only, whose segments all have as many runs but the last."""
     if len(values) == 1:
         return values.reshape(-1)
-    whole = values.shape[1] // GROUP * GROUP
-    by_group = values[:, :whole].reshape(len(values), -1, GROUP).swapaxes(0, 1)
+    whole = values.shape[1] // group * group
+    by_group = values[:, :whole].reshape(len(values), -1, group).swapaxes(0, 1)
     return np.concatenate([by_group.reshape(-1), values[:, whole:].reshape(-1)])

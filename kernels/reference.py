@@ -22,6 +22,7 @@ __all__ = [
     "merge",
     "select",
     "sparse_attention",
+    "tail_attention",
 ]
 
 
@@ -89,6 +90,52 @@ def sparse_attention(
         lse[head] = logits.logsumexp(dim=-1)
         weights = (logits - lse[head, :, None]).exp().nan_to_num(0.0)
         out[head] = weights @ v[kv_head, safe]
+    return out, lse
+
+
+def tail_attention(
+    q: Tensor,
+    q_start: int,
+    k: Tensor,
+    v: Tensor,
+    entered: list[list[int]],
+    blocks: list[list[int]],
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The estimate of what entered the last stage and was not kept: out [H, Tq, D], lse [H, Tq].
+
+    Each cell of `policy.tail` tokens outside the window of the first query is one key and value, their
+    means, with weight = tokens of its chunks that entered and were not kept. Streaming: cells are
+    numbered from where the selected tokens begin; else a cell stands at its middle.
+    """
+    n_queries, n_kv_heads = q.shape[1], k.shape[0]
+    out, lse = torch.zeros(q.shape), torch.full(q.shape[:2], -torch.inf)
+    for head in range(q.shape[0]):
+        kv_head = head // (q.shape[0] // n_kv_heads)
+        mine = 0 if len(blocks) == 1 else kv_head
+        left = [c for c in entered[mine] if c not in set(blocks[mine])]
+        cells = sorted({c // policy.tail for c in left})
+        cells = [c for c in cells if (c + 1) * policy.tail <= q_start - policy.window + 1]
+        if not cells:
+            continue
+        weight = [
+            policy.block_tokens * sum(c // policy.tail == cell for c in left) for cell in cells
+        ]
+        spans = [slice(cell * policy.tail, (cell + 1) * policy.tail) for cell in cells]
+        means = torch.stack([k[kv_head, span].mean(dim=0) for span in spans])
+        values = torch.stack([v[kv_head, span].mean(dim=0) for span in spans])
+        n_selected = len(blocks[mine]) * policy.block_tokens
+        base = max(0, q_start - policy.window - policy.sink - n_selected + 1)
+        position = base + policy.sink + torch.arange(len(cells))
+        if policy.attend_rope == "none":
+            base, position = 0, torch.tensor(cells) * policy.tail + policy.tail // 2
+        query = torch.arange(q_start, q_start + n_queries) - base
+        keys = rope.rotate(means, position - base)
+        logits = rope.rotate(q[head], query) @ keys.T * scale + torch.tensor(weight).log()
+        lse[head] = logits.logsumexp(dim=-1)
+        out[head] = logits.softmax(dim=-1) @ values
     return out, lse
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SegmentKind = Literal["sink", "selected", "window"]
-KINDS: tuple[SegmentKind, ...] = ("sink", "selected", "window")
+SegmentKind = Literal["sink", "selected", "window", "tail"]
+KINDS: tuple[SegmentKind, ...] = ("sink", "selected", "window", "tail")
+"""`tail`: means of keys and values in a view of their own; tokens are numbers of means there."""
 
 RUNS_AT, HEADS, N_RUNS, RUN_TOKENS, RENUMBERED, KIND = range(6)
 """Columns of `Segments.table`."""
@@ -39,6 +40,8 @@ class Segment:
     and exact)."""
     renumbered: bool
     page_tokens: int
+    weights: np.ndarray | None = None
+    """float32 like `runs`: how many tokens each mean of a tail stands for."""
 
     @cached_property
     def starts(self) -> Tensor:
@@ -80,6 +83,8 @@ class Segments(Sequence[Segment]):
     change without touching them."""
     base: tuple[int, ...]
     page_tokens: int
+    run_weights: np.ndarray | None = None
+    """float32 [R] of a tail: tokens that each run, one mean, stands for."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -102,6 +107,7 @@ class Segments(Sequence[Segment]):
             self.key_starts[at],
             self.base,
             self.page_tokens,
+            self.run_weights,
         )
 
     def _one(self, at: int) -> Segment:
@@ -109,14 +115,17 @@ class Segments(Sequence[Segment]):
         starts = self.key_starts[at]
         if KINDS[kind] == "window":
             starts = starts - np.array(self.base)
+        part = slice(first, first + heads * n)
+        weights = None if self.run_weights is None else self.run_weights[part].reshape(heads, n)
         return Segment(
             KINDS[kind],
-            self.runs[first : first + heads * n].reshape(heads, n),
+            self.runs[part].reshape(heads, n),
             tokens,
             tuple(starts.tolist()),
             self.base,
             bool(renumbered),
             self.page_tokens,
+            weights,
         )
 
     @property

@@ -15,6 +15,7 @@ from longreach.kernels.ops import (
     Rope,
     Segments,
     Selection,
+    attend_block,
     attend_segments,
     mass_kept,
     merge_partials,
@@ -49,6 +50,10 @@ def run(
         (torch.bfloat16, 2, 128, 32, 64),
         (torch.float16, 8, 96, 64, 1),
         (torch.bfloat16, 7, 64, 16, 1),
+        (torch.float32, 4, 256, 64, 1),
+        (torch.float16, 6, 128, 16, 1),
+        (torch.int8, 3, 64, 64, 1),
+        (torch.int8, 5, 80, 32, 17),
         (torch.float32, 5, 24, 64, 3),  # a head size that the fast path leaves to torch
     ],
 )
@@ -68,6 +73,46 @@ def test_sparse_attention_equals_the_specification(
     )
     torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("attend_rope", ["streaming", "none"])
+@pytest.mark.parametrize("head_reduce", ["all", "kv-group"])
+@pytest.mark.parametrize("tail", [8, 16, 64])
+@pytest.mark.parametrize(("dtype", "n_queries"), [(torch.float32, 1), (torch.float16, 20)])
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_tail_equals_the_specification(
+    path, paged, rope, attend_rope, head_reduce, tail, dtype, n_queries, deep
+):
+    k, v = torch.randn(2, 2, 1408 + n_queries, 64).unbind(0)
+    view, k, v = paged(k, v, 64, dtype)
+    stages = (*STAGES[: int(deep)], STAGES[1])
+    more = {"attend_rope": attend_rope, "head_reduce": head_reduce, "window": 192}
+    policy = policy_of(stages, tail=tail, sink=64, **more)
+    q, rotary = torch.randn(6, n_queries, 64), rope(64)
+    selection = select_blocks(q, 1408, view, policy, rotary)
+    out, lse = attend_block(q, 1408, view, selection, policy, rotary, 0.125)
+    inputs, blocks = reference.select(q, 1408, k, policy, rotary)
+    parts = [
+        reference.sparse_attention(q, 1408, k, v, blocks, policy, rotary, 0.125),
+        reference.tail_attention(q, 1408, k, v, inputs[-1], blocks, policy, rotary, 0.125),
+    ]
+    assert float(parts[1][1].exp().min()) > 0
+    want, want_lse = reference.merge(*(torch.stack(x) for x in zip(*parts, strict=True)))
+    # means of 16-bit keys are kept in 16 bit
+    close = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 2e-3}
+    torch.testing.assert_close(out, want, **close)
+    torch.testing.assert_close(lse, want_lse, **close)
+
+
+def test_a_selection_that_keeps_everything_has_no_tail(path, paged, rope):
+    k, v = torch.randn(2, 2, 1409, 64).unbind(0)
+    view, k, v = paged(k, v)
+    policy = policy_of((Stage(chunk=64, keep=2048), Stage(chunk=8, keep=2048)), tail=16)
+    q, rotary = torch.randn(4, 1, 64), rope(64)
+    selection = select_blocks(q, 1408, view, policy, rotary)
+    out, _ = attend_block(q, 1408, view, selection, policy, rotary, 0.125)
+    want, _ = reference.dense_attention(q, 1408, k, v, rotary, 0.125)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("q_start", [0, 1, 31, 32, 100, 127, 128, 129, 160, 161, 192, 230, 448])
