@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError
 from .stage import QUERY_BLOCK, LayerPolicy, question_start
 
-KvDtype = Literal["float32", "float16", "bfloat16"]
+KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class _Section(BaseModel):
@@ -66,7 +66,7 @@ class CacheConfig(_Section):
     page_tokens: int = Field(default=64, ge=8)
     """Tokens per page; a multiple of 64 where any layer prunes."""
     kv_dtype: KvDtype = "float32"
-    """Storage format of K and V; rounded once, when appended."""
+    """Storage format of K and V; rounded once, when appended. `int8` has a scale per token and head."""
     device_pages: int = Field(default=256, gt=0)
     """Pages (of all layers) that the device bank of attention holds; smaller means more passes."""
 
@@ -184,6 +184,11 @@ class Config(_Section):
                 raise ValueError(
                     f"attention.policies.{i}: the last chunk ({policy.block_tokens}) must divide "
                     f"cache.page_tokens ({self.cache.page_tokens})"
+                )
+            if policy.tail and self.cache.page_tokens % policy.tail:
+                raise ValueError(
+                    f"attention.policies.{i}.tail ({policy.tail}) must divide cache.page_tokens "
+                    f"({self.cache.page_tokens})"
                 )
         return self
 

@@ -24,6 +24,7 @@ from .cpu_merge import merge_rows
 from .cpu_pages import (
     KEY,
     VALUE,
+    Pages,
     address,
     angle_table,
     as_pages,
@@ -32,6 +33,7 @@ from .cpu_pages import (
     n_tokens_of,
     page_address,
     page_tokens_of,
+    set_n_tokens,
     value_offset,
 )
 from .cpu_pool import POOL
@@ -78,6 +80,93 @@ def log_weights(segments: Segments) -> np.ndarray:
     return np.log2(segments.run_weights)
 
 
+class Call:
+    """One query's attention with everything prepared that does not change from token to token.
+
+    merged: whether partials are merged into one result at once.
+    """
+
+    def __init__(
+        self,
+        view: PagedKV,
+        segments: Segments,
+        policy: LayerPolicy,
+        rope: Rope,
+        scale: float,
+        n_heads: int,
+        pages: Pages,
+    ) -> None:
+        head_dim, n_kv_heads = view.head_dim, view.n_kv_heads
+        self._view = view
+        self._exact = policy.attend_rope == "none"
+        self._rope = rope
+        self._fold = np.float32(scale / math.log(2.0))
+        self._shape = (n_heads, head_dim)
+        self._queries = np.empty(self._shape, dtype=np.float32)
+        self._counters = np.zeros(4, dtype=np.int64)
+        self._group = n_heads // n_kv_heads
+        self._most_keys = segments.most_keys
+        most_runs = int(segments.table[:, N_RUNS].max(initial=1))
+        most_runs *= 2 + int(segments.table[:, RUN_TOKENS].max(initial=1)) // view.page_tokens
+        self._most_runs = most_runs
+        self._n_tasks = -(-len(segments) // TOGETHER) * n_kv_heads
+        self._segments = segments
+        self._fixed = (segments.table, segments.runs, segments.key_starts)
+        self._rules = (visibility(policy), log_weights(segments))
+        self._pages = pages
+        self._n_positions = 0
+
+    def __call__(
+        self,
+        q: np.ndarray,
+        q_start: int,
+        base: np.ndarray,
+        n_tokens: int,
+        o: np.ndarray,
+        lse: np.ndarray,
+        out: np.ndarray,
+        out_lse: np.ndarray,
+    ) -> None:
+        """q [H, D] at q_start; n_tokens: tokens appended so far. Fills o [S or more, H, D] and
+        lse [S or more, H], and merges all of them into out [H, D], out_lse [H] unless these are empty."""
+        self._use_tables(q_start)
+        if self._exact:
+            _rotate_heads(self._queries, q, base, q_start, self._cos, self._sin, self._fold)
+        else:
+            np.multiply(
+                q, self._fold * np.float32(self._rope.attention_scaling**2), out=self._queries
+            )
+        counters = self._counters
+        counters[:] = q_start, self._exact, 0, 0
+        set_n_tokens(self._pages, n_tokens)
+        arguments = (
+            o, lse, out, out_lse, counters, *self._fixed, base, *self._rules, self._queries, self._cos,
+            self._sin, self._coarse_cos, self._coarse_sin, self._pages.book,
+        )  # fmt: skip
+        group, head_dim = self._group, self._shape[1]
+        with POOL.lock:
+            floats = POOL.scratch("decode", (3 * group * head_dim + 2 * head_dim + 32,))
+            logits = POOL.scratch("decode-s", ((self._most_keys + 8) * 4 * (-(-group // 4)),))
+            found = POOL.scratch("decode-v", (TOGETHER * self._most_runs, RUN_WORDS), np.int64)
+            ends = POOL.scratch("decode-e", (TOGETHER,), np.int64)
+            if POOL.run(_worker, arguments, self._n_tasks, (floats, logits, found, ends)):
+                raise absent_page(self._view)
+
+    def _use_tables(self, q_start: int) -> None:
+        """Angles of every distance or position that may come up."""
+        if q_start < self._n_positions:
+            return
+        reach = max(self._segments.reach, q_start + 1) + 1024
+        tables = self._rope.distance_tables(reach)
+        self._cos, self._sin, self._coarse_cos, self._coarse_sin = (t.numpy() for t in tables)
+        exact = angle_table(self._rope, reach) if self._exact else None
+        # beyond the table of single positions distances have to do
+        self._exact = exact is not None
+        if exact is not None:
+            self._cos, self._sin = exact
+        self._n_positions = reach
+
+
 def attend(
     q: Tensor,
     q_start: int,
@@ -88,50 +177,21 @@ def attend(
     scale: float,
     o: Tensor,
     lse: Tensor,
-    merged: tuple[Tensor, Tensor] | None = None,
 ) -> bool:
-    """Fill o [S, H, 1, D] and lse [S, H, 1], and merge them into `merged` (out [H, 1, D], lse [H, 1])
-    if given; False where this path does not apply."""
+    """Fill o [S, H, 1, D] and lse [S, H, 1]; False where this path does not apply."""
     pages = as_pages(view)
     if pages is None or rope.head_dim != view.head_dim:
         return False
     n_heads, _, head_dim = q.shape
-    group = n_heads // view.n_kv_heads
-    base = segments.base
-    reach = max(segments.reach, q_start + 1 - min(base))
-    exact = angle_table(rope, reach) if policy.attend_rope == "none" else None
-    fold = scale / math.log(2.0)
+    call = Call(view, segments, policy, rope, scale, n_heads, pages)
     plain = np.ascontiguousarray(q.detach().numpy().reshape(n_heads, head_dim), dtype=np.float32)
-    queries = np.empty((n_heads, head_dim), dtype=np.float32)
-    fine_cos, fine_sin, coarse_cos, coarse_sin = (t.numpy() for t in rope.distance_tables(reach))
-    if exact is None:
-        np.multiply(plain, np.float32(fold * rope.attention_scaling**2), out=queries)
-        cos, sin = fine_cos, fine_sin
-    else:
-        cos, sin = exact
-        _rotate_heads(queries, plain, np.array(base), q_start, cos, sin, np.float32(fold))
-    counters = np.array([q_start, exact is not None, 0, 0], dtype=np.int64)
-    if merged is None:
-        out, out_lse = np.empty((0, head_dim), dtype=np.float32), np.empty(0, dtype=np.float32)
-    else:
-        out, out_lse = merged[0].numpy().reshape(-1, head_dim), merged[1].numpy().reshape(-1)
+    nothing = np.empty((0, head_dim), dtype=np.float32), np.empty(0, dtype=np.float32)
     n_segments = len(segments)
-    arguments = (
+    call(
+        plain, q_start, np.array(segments.base), view.n_tokens,
         o.numpy().reshape(n_segments, n_heads, head_dim), lse.numpy().reshape(n_segments, n_heads),
-        out, out_lse, counters, segments.table, segments.runs, segments.key_starts,
-        np.array(base), visibility(policy), log_weights(segments), queries, cos, sin, coarse_cos, coarse_sin, pages.book,
+        *nothing,
     )  # fmt: skip
-    most_keys = segments.most_keys
-    most_runs = int(segments.table[:, N_RUNS].max(initial=1))
-    most_runs *= 2 + int(segments.table[:, RUN_TOKENS].max(initial=1)) // view.page_tokens
-    with POOL.lock:
-        floats = POOL.scratch("decode", (3 * group * head_dim + 2 * head_dim + 32,))
-        logits = POOL.scratch("decode-s", ((most_keys + 8) * 4 * (-(-group // 4)),))
-        found = POOL.scratch("decode-v", (TOGETHER * most_runs, RUN_WORDS), np.int64)
-        ends = POOL.scratch("decode-e", (TOGETHER,), np.int64)
-        n_tasks = -(-n_segments // TOGETHER) * view.n_kv_heads
-        if POOL.run(_worker, arguments, n_tasks, (floats, logits, found, ends)):
-            raise absent_page(view)
     return True
 
 
@@ -150,7 +210,8 @@ def _rotate_heads(out, q, base, q_start, cos, sin, fold):
 @compiled
 def _worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_starts, base, rules,
             weights, queries, cos, sin, coarse_cos, coarse_sin, book, floats, logits, found, ends):  # fmt: skip
-    n_segments, n_heads, _ = o.shape
+    # o may have more partials than these segments make: a tail's, merged with them
+    n_segments, n_heads = table.shape[0], o.shape[1]
     n_groups = (n_segments + TOGETHER - 1) // TOGETHER
     n_kv_heads = n_tasks // n_groups
     at_book = address(book)

@@ -73,6 +73,11 @@ def as_pages(view: PagedKV) -> Pages | None:
     return Pages(book, (view, bases, memory, row))
 
 
+def set_n_tokens(pages: Pages, n_tokens: int) -> None:
+    """More tokens were appended since the book was made."""
+    pages.book[_N_TOKENS] = n_tokens
+
+
 def angle_table(rope: Rope, n_positions: int) -> tuple[np.ndarray, np.ndarray] | None:
     """cos and sin of positions 0 .. n_positions - 1, or None beyond the table's limit."""
     if n_positions > TABLE_LIMIT:

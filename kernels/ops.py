@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .append import append_tokens
 from .attend import attend_block, attend_segments, mass_kept, merge_partials, tail_view
 from .block import BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
+from .decode import PreparedDecode
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
-from .plan import advance, plan_attend, plan_tail
+from .plan import base_of, good_until, plan_attend, plan_tail
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
@@ -30,6 +32,7 @@ __all__ = [
     "BlockStep",
     "Norm",
     "PagedKV",
+    "PreparedDecode",
     "Product",
     "Rope",
     "Segment",
@@ -37,13 +40,15 @@ __all__ = [
     "Selection",
     "Summaries",
     "TableName",
-    "advance",
+    "append_tokens",
     "attend_block",
     "attend_segments",
+    "base_of",
     "candidate_end",
     "check_tables",
     "gather_blocks",
     "gather_tokens",
+    "good_until",
     "has_block_kernel",
     "linear_rows",
     "mass_kept",

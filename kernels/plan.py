@@ -50,7 +50,7 @@ def plan_attend(
         return _join([_windows(0, q_last, page_tokens, (0,))], (0,), page_tokens)
     if selection is None:
         raise InternalError(f"no selection for queries at {q_start} of a pruning policy")
-    base = _base(q_start, selection, policy)
+    base = base_of(q_start, selection, policy)
     # keys beyond `seen` are inside every query's window
     seen = q_last - policy.window
     parts = []
@@ -66,27 +66,24 @@ def plan_attend(
     return _join(parts, base, page_tokens)
 
 
-def advance(
-    segments: Segments, selection: Selection, policy: LayerPolicy, q_from: int, q_to: int
-) -> Segments | None:
-    """`plan_attend` of one query at q_to, from that of one query at q_from with the same selection.
-
-    None where more than distances changed: a page entered or left the window, a block its shadow.
-    """
-    page_tokens = segments.page_tokens
-    first = [max(0, q - policy.window + 1) // page_tokens for q in (q_from, q_to)]
-    if first[0] != first[1] or q_from // page_tokens != q_to // page_tokens:
-        return None
-    seen = [q - policy.window for q in (q_from, q_to)]
-    if min(policy.sink, seen[0] + 1) != min(policy.sink, seen[1] + 1):
-        return None
-    blocks = selection.blocks.numpy()
-    if ((blocks > seen[0]) & (blocks <= seen[1])).any():
-        return None
-    base = _base(q_to, selection, policy)
-    if base == segments.base:
-        return segments
-    return replace(segments, base=base)
+def good_until(q: int, selection: Selection, policy: LayerPolicy, page_tokens: int) -> int:
+    """First position after q at which `plan_attend` of one query changes in more than its base, while the
+    selection stays: a page enters or leaves the window, a sink, a block or a cell of the tail leaves it."""
+    first_page = max(0, q - policy.window + 1) // page_tokens
+    until = min(
+        (q // page_tokens + 1) * page_tokens, (first_page + 1) * page_tokens + policy.window - 1
+    )
+    seen = q - policy.window
+    if seen + 1 < policy.sink:
+        return q + 1
+    hidden = selection.blocks[selection.blocks > seen]
+    if hidden.numel():
+        until = min(until, int(hidden.min()) + policy.window)
+    if policy.tail:
+        # the next cell that leaves the window counts from then on
+        outside = (seen + 1 - policy.tail) // policy.tail
+        until = min(until, (outside + 2) * policy.tail + policy.window - 1)
+    return until
 
 
 def plan_tail(
@@ -101,7 +98,7 @@ def plan_tail(
     cell_tokens, chunk = policy.tail, policy.block_tokens
     entered = selection.inputs[-1] if len(policy.stages) > 1 else None
     starts = first_chunks(q_start, policy)[None] if entered is None else entered
-    base = _base(q_start, selection, policy)
+    base = base_of(q_start, selection, policy)
     last = q_start - policy.window + 1 - cell_tokens
     cells, weights = [], []
     for head in range(len(selection.counts)):
@@ -136,7 +133,7 @@ def plan_tail(
     return replace(joined, run_weights=_by_segment(counts, group))
 
 
-def _base(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int, ...]:
+def base_of(q_start: int, selection: Selection, policy: LayerPolicy) -> tuple[int, ...]:
     """First position of the renumbered sequence (reference section 4, "ST exactly")."""
     counts: list[int] = selection.counts.tolist()
     if policy.attend_rope == "none":

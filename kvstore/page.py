@@ -13,14 +13,17 @@ from ..core.errors import InvalidInput
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_SCALE_BYTES = {"int8": 4}
+"""What a stored key or value has besides its elements."""
 
 
 @dataclass(frozen=True)
 class PageGeometry:
     """Sizes of a page: `page_tokens` tokens of every layer and KV head.
 
-    A leaf is one layer and KV head of a page, [2 (K, V), page_tokens, head_dim], keys unrotated.
+    A leaf is one layer and KV head of a page, [2 (K, V), page_tokens, row], keys unrotated. A row is
+    head_dim elements; int8 rows end with the bytes of a float32 scale.
     Leaf index inside a page = layer * n_kv_heads + kv_head.
     """
 
@@ -39,8 +42,19 @@ class PageGeometry:
                 raise InvalidInput(f"page geometry: {name} must be a positive int, got {value!r}")
 
     @property
+    def row_nbytes(self) -> int:
+        """Bytes of one stored key or value."""
+        scale = _SCALE_BYTES.get(self.kv_dtype, 0)
+        return self.head_dim * _ITEM_BYTES[self.kv_dtype] + scale
+
+    @property
+    def row_items(self) -> int:
+        """Elements of the KV dtype in a row."""
+        return self.row_nbytes // _ITEM_BYTES[self.kv_dtype]
+
+    @property
     def leaf_nbytes(self) -> int:
-        return 2 * self.page_tokens * self.head_dim * _ITEM_BYTES[self.kv_dtype]
+        return 2 * self.page_tokens * self.row_nbytes
 
     @property
     def n_leaves(self) -> int:

@@ -7,15 +7,20 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..kernels.ops import append_tokens
 from ..kvstore.page import PageGeometry
 from .memory import huge_zeros
 
-TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_RAW = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+TORCH_DTYPE = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 
 
 class Bank:
-    """KV slots of every layer: `layers[l]` is [n_slots, 2, page_tokens, head_dim] in KV dtype.
+    """KV slots of every layer: `layers[l]` is [n_slots, 2, page_tokens, row] in KV dtype.
 
     n_slots = device_pages * n_kv_heads. No policy here: see residency.py.
     """
@@ -23,12 +28,10 @@ class Bank:
     def __init__(self, geometry: PageGeometry, device_pages: int) -> None:
         self.geometry = geometry
         self.n_slots = device_pages * geometry.n_kv_heads
-        shape = (geometry.n_layers, self.n_slots, 2, geometry.page_tokens, geometry.head_dim)
+        shape = (geometry.n_layers, self.n_slots, 2, geometry.page_tokens, geometry.row_items)
         # zeros: untouched slots must never hold NaN that a masked product could spread
         self.tensor = huge_zeros(shape, TORCH_DTYPE[geometry.kv_dtype])
         self.layers: tuple[Tensor, ...] = tuple(self.tensor.unbind(0))
-        # numpy knows no bfloat16; and torch would wake its threads for a few bytes
-        self._raw = self.tensor.view(_RAW[self.tensor.dtype]).numpy()
         self._bytes = (
             self.tensor.view(torch.uint8)
             .numpy()
@@ -36,16 +39,14 @@ class Bank:
         )
 
     def write(
-        self, layer: int, slots: np.ndarray, offset: np.ndarray, k: Tensor, v: Tensor
-    ) -> None:
+        self, layer: int, slots: np.ndarray, offsets: np.ndarray, k: Tensor, v: Tensor
+    ) -> int:
         """Append tokens; this is where KV is rounded to the recipe's format, once (DESIGN 6.5).
 
-        slots, offset: int64 [Hkv, T], the slot and place inside it of each token; k, v [Hkv, T, D].
+        slots: int64 [Hkv, T], offsets: int64 [T], the slot and place inside it of each token; k, v
+        [Hkv, T, D]. Returns the first token that is not finite once stored, or -1.
         """
-        raw = self._raw[layer]
-        for side, values in enumerate((k, v)):
-            rounded = values.detach().to(self.tensor.dtype).contiguous()
-            raw[slots, side, offset] = rounded.view(_RAW[rounded.dtype]).numpy()
+        return append_tokens(self.layers[layer], slots, offsets, k, v)
 
     def load(self, layer: int, slots: np.ndarray, memory: Tensor, rows: np.ndarray) -> None:
         """Copy leaves out of a mapped memory [n_rows, 2, P, D] into slots."""

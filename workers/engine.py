@@ -20,16 +20,19 @@ from ..core.errors import (
     EmptyContext,
     InvalidInput,
     LongreachError,
+    NumericalError,
     as_longreach_error,
 )
 from ..core.page_key import RecipeFingerprint, prompt_keys
 from ..core.stage import LayerPolicy
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient
+from .decode_step import DecodeStep
 from .detokenizer import Detokenizer
-from .forward import DecodeStep, LayerAttention, PrefillStep
+from .layer_attention import LayerAttention
 from .model import ModelAdapter
 from .page_flow import PageFlow, PageLost
+from .prefill_step import PrefillStep
 from .row import Row, RowRequest, RowState
 from .sampling import sample
 from .scheduler import (
@@ -84,7 +87,7 @@ class Engine:
         self.index = SummaryIndex(
             config.retriever, policies, geometry.page_tokens, retrievers or {}
         )
-        self._attention = LayerAttention(self.flow, policies, model.rope, self.index)
+        self._attention = LayerAttention(self.flow, policies, model.rope, self.index, model.n_heads)
         self._rows: dict[str, Row] = {}
         self._order = 0
         self._next_lease_check_s = 0.0
@@ -205,6 +208,11 @@ class Engine:
             for row in rows:
                 if lost.page_id in row.page_ids:
                     self._restart(row)
+        except NumericalError as error:
+            # the error names its row; the others have lost nothing and take this step again
+            for row in rows:
+                if len(rows) == 1 or error.details.get("row_id") == row.row_id:
+                    self._fail(row, error)
         except Exception as exc:
             if len(rows) == 1:
                 self._fail(rows[0], as_longreach_error(exc))

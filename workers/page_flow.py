@@ -18,7 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..core.errors import BankTooSmall, DeadlineExceeded
+from ..core.errors import BankTooSmall, DeadlineExceeded, NumericalError
 from ..core.page_key import ROOT_KEY, PageKey, RecipeFingerprint, page_keys, private_recipe
 from ..kernels.ops import PagedKV
 from ..kvstore.page import PageGeometry
@@ -229,7 +229,8 @@ class PageFlow:
     def append(self, layer: int, row: Row, start: int, k: Tensor, v: Tensor) -> None:
         """Write K and V of tokens start … (k, v [Hkv, T, D]) into the bank.
 
-        Tokens of pages that existed already are skipped: stored KV is never overwritten.
+        Tokens of pages that existed already are skipped: stored KV is never overwritten. Raises
+        NumericalError naming layer and position if a number is not finite in the KV format.
         """
         page_tokens = self.geometry.page_tokens
         skip = max(0, row.n_existing_pages * page_tokens - start)
@@ -240,8 +241,15 @@ class PageFlow:
         pages = row.page_ids.array[positions // page_tokens]
         leaves = pages[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
         slots = self.residency[layer].slots_of(leaves)
-        offsets = np.broadcast_to(positions % page_tokens, slots.shape)
-        self.bank.write(layer, slots, offsets, k[:, skip:], v[:, skip:])
+        wrong = self.bank.write(layer, slots, positions % page_tokens, k[:, skip:], v[:, skip:])
+        if wrong >= 0:
+            raise NumericalError(
+                f"row {row.row_id}: a key or value of layer {layer} at position {positions[wrong]} "
+                f"is not finite in {self.geometry.kv_dtype}; the row cannot be answered",
+                row_id=row.row_id,
+                layer=layer,
+                position=int(positions[wrong]),
+            )
 
     def complete(self, row: Row, start: int, end: int) -> None:
         """Pages that filled up with tokens start … end in all layers go to the store, behind us."""
@@ -341,7 +349,7 @@ class PageFlow:
             raw = self._client.memories[len(self._mapped)]
             g = self.geometry
             flat = torch.from_numpy(raw).view(TORCH_DTYPE[g.kv_dtype])
-            self._mapped.append(flat.view(-1, 2, g.page_tokens, g.head_dim))
+            self._mapped.append(flat.view(-1, 2, g.page_tokens, g.row_items))
         return self._mapped[index]
 
     def selection_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
@@ -432,6 +440,20 @@ class PageFlow:
         if not self.residency[layer].touch(leaves):
             return False
         row.stats.bank_hits += len(leaves)
+        return True
+
+    def slots_of(self, layer: int, leaves: np.ndarray) -> tuple[np.ndarray, int]:
+        """Slots of resident leaves, and the version of residency that says so."""
+        residency = self.residency[layer]
+        return residency.slots_of(leaves), residency.version
+
+    def touch_again(self, layer: int, row: Row, slots: np.ndarray, version: int) -> bool:
+        """Use slots again if nothing has moved in the layer's bank since `version`."""
+        residency = self.residency[layer]
+        if residency.version != version:
+            return False
+        residency.use(slots)
+        row.stats.bank_hits += len(slots)
         return True
 
     def make_resident(self, layer: int, row: Row, leaves: np.ndarray) -> None:

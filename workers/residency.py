@@ -35,6 +35,8 @@ class Residency:
         self._last_used = np.zeros(n_slots, dtype=np.int64)
         self._unsafe = np.zeros(n_slots, dtype=bool)
         self._tick = 0
+        self.version = 0
+        """Grows whenever a leaf comes, goes or moves."""
 
     @property
     def n_resident(self) -> int:
@@ -69,6 +71,11 @@ class Residency:
         self._tick += 1
         self._last_used[slots] = self._tick
         return True
+
+    def use(self, slots: np.ndarray) -> None:
+        """`touch` by slots that are known to be good still."""
+        self._tick += 1
+        self._last_used[slots] = self._tick
 
     def plan(self, leaves: np.ndarray) -> FetchPlan:
         """Make distinct leaves resident; they stay until the next call of plan or place.
@@ -106,6 +113,7 @@ class Residency:
         """Free the slots of leaves that nobody needs any more (safe or not)."""
         slots = self.slots_of(leaves)
         mine = slots[slots != _ABSENT]
+        self.version += 1
         self._owner[mine] = _ABSENT
         self._unsafe[mine] = False
         self._last_used[mine] = 0
@@ -129,6 +137,7 @@ class Residency:
         return usable[order[:n]]
 
     def _assign(self, leaves: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        self.version += bool(len(leaves))
         owners = self._owner[slots]
         evicted = owners[owners != _ABSENT]
         self._slot_of[evicted] = _ABSENT

@@ -14,7 +14,8 @@ from .page_list import PageList
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from ..kernels.ops import Segments, Selection
+    from ..kernels.ops import Selection
+    from .decode_step import DecodePlan
 
 
 class RowState(StrEnum):
@@ -74,17 +75,6 @@ class RowRequest:
     tenant: str = ""
     n_prefilled: int = 0
     """Prompt tokens that a previous attempt had in place; pages of them that are gone are counted."""
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """What one decoded token read in one layer: most tokens read the same as the one before."""
-
-    position: int
-    selection: Selection | None
-    segments: Segments
-    leaves: np.ndarray
-    """int64, ascending: distinct leaf numbers that the segments touch."""
 
 
 @dataclass

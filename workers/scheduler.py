@@ -68,13 +68,15 @@ def refresh_level(
 ) -> int:
     """First stage to recompute at this position, len(refreshes) if all masks are reused.
 
-    Keyed by absolute position, spread over layers by `layer * interval // n_layers` (DESIGN 6.3).
-    The first decode step refreshes everything.
+    Keyed by absolute position, spread over layers by the first stage's interval (DESIGN 6.3): each
+    interval divides the one before, so a stage is due together with those before it and never
+    because its input came at another time. The first decode step refreshes everything.
     """
     if first:
         return 0
+    offset = layer * refreshes[0] // n_layers if refreshes else 0
     for stage, interval in enumerate(refreshes):
-        if (position + layer * interval // n_layers) % interval == 0:
+        if (position + offset) % interval == 0:
             return stage
     return len(refreshes)
 

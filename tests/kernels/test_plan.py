@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
 from longreach.kernels.attend import key_positions, visible
-from longreach.kernels.ops import Segment, Selection, advance, plan_attend, touched_pages
+from longreach.kernels.ops import (
+    Segment,
+    Selection,
+    base_of,
+    good_until,
+    plan_attend,
+    plan_tail,
+    touched_pages,
+)
 from longreach.kernels.paged import block_token_ids
 
 
@@ -106,33 +114,58 @@ def test_dense_is_all_window():
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_advancing_is_planning_again(data):
-    """Where `advance` answers, it answers what a new plan would be."""
+def test_a_plan_is_good_until_it_changes(data):
+    """Before `good_until` a new plan differs in its base alone."""
     window = data.draw(st.sampled_from([64, 100, 256]))
+    tail = data.draw(st.sampled_from([0, 8, 16]))
     policy = LayerPolicy(
         stages=(Stage(chunk=8, keep=64),),
-        sink=data.draw(st.sampled_from([0, 20, 64])),
+        sink=data.draw(st.sampled_from([0, 32, 64])),
         window=window,
         attend_rope=data.draw(st.sampled_from(["streaming", "none"])),
+        tail=tail,
     )
     start = data.draw(st.integers(0, 900))
     rows = [
         sorted(data.draw(st.sets(st.integers(8, 120), max_size=20)))
         for _ in range(data.draw(st.sampled_from([1, 2])))
     ]
-    selection = selection_of(*[[8 * b for b in row] for row in rows])
-    segments, position, n_advanced = plan_attend(start, 1, selection, policy, 16), start, 0
+    blocks = selection_of(*[[8 * b for b in row] for row in rows]).blocks
+    entered = torch.arange(0, 960, 8).expand(len(rows), -1)
+    counts = (blocks >= 0).sum(dim=1)
+    two_stages = policy.model_copy(update={"stages": (Stage(chunk=16, keep=960), *policy.stages)})
+    selection = Selection((None, entered), blocks, counts)
+
+    def plans(q):
+        made = [plan_attend(q, 1, selection, two_stages, 16)]
+        if tail:
+            made.append(plan_tail(q, selection, two_stages, 16))
+        return made
+
+    before, until, n_same = plans(start), good_until(start, selection, two_stages, 16), 0
     for q in range(start + 1, start + 40):
-        moved = advance(segments, selection, policy, position, q)
-        fresh = plan_attend(q, 1, selection, policy, 16)
-        if moved is not None:
-            n_advanced += 1
-            for name in ("table", "runs", "run_tokens", "run_heads", "key_starts"):
-                assert np.array_equal(getattr(moved, name), getattr(fresh, name)), name
-            assert moved.base == fresh.base
-        segments, position = moved or fresh, q
+        fresh = plans(q)
+        if q < until:
+            n_same += 1
+            for old, new in zip(before, fresh, strict=True):
+                assert (old is None) == (new is None)
+                if new is None:
+                    continue
+                for name in (
+                    "table",
+                    "runs",
+                    "run_tokens",
+                    "run_heads",
+                    "key_starts",
+                    "run_weights",
+                ):
+                    assert np.array_equal(getattr(old, name), getattr(new, name)), name
+                assert new.base == base_of(q, selection, two_stages)
+        else:
+            before, until = fresh, good_until(q, selection, two_stages, 16)
+            assert until > q
     if start > window + policy.sink:
-        assert n_advanced >= 20  # a page ends every 16 tokens, a block is seen every 8
+        assert n_same >= 20  # a page ends every 16 tokens, a block is seen every 8
 
 
 def test_touched_pages():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longreach.core.config import Config
-from longreach.workers import forward
+from longreach.workers import layer_attention
 from longreach.workers.page_flow import PageFlow
 
 from .tiny import (
@@ -175,14 +175,14 @@ def test_the_comparison_notices_positions_that_are_off_by_one(
     models: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (prompt,) = prompts_of(333)
-    attend = forward.attend_segments
+    attend = layer_attention.attend_segments
 
     def shifted(q: torch.Tensor, q_start: int, *rest: Any) -> Any:
         # rotations add up: queries turned by one position more stand one position too far
         rope = rest[-2]
         return attend(rope.rotate(q, torch.ones(q.shape[:-1], dtype=torch.int64)), q_start, *rest)
 
-    monkeypatch.setattr(forward, "attend_segments", shifted)
+    monkeypatch.setattr(layer_attention, "attend_segments", shifted)
     config = tiny_config(models[kind])
     tokens, _ = engine_logits(make_engine(config), prompt, N_NEW)
     assert worst_error(config, prompt) > 1e-2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longreach.core.config import Config
-from longreach.workers import forward
+from longreach.workers import decode_step, layer_attention, page_flow
 
 from .tiny import (
     VOCAB,
@@ -74,7 +74,7 @@ def config(llama: Path, preset: str) -> Any:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], list[bytes]]:
     """Every selection made: blocks by (queries' fingerprint), so that runs can be compared."""
     seen: dict[tuple[int, ...], list[bytes]] = {}
-    select = forward.LayerAttention.select
+    select = layer_attention.LayerAttention.select
 
     def spy(self: Any, layer: int, row: Any, q: Any, q_start: int, *rest: Any, **more: Any) -> Any:
         selection = select(self, layer, row, q, q_start, *rest, **more)
@@ -83,7 +83,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], list[bytes
             seen.setdefault(name, []).append(selection.blocks.numpy().tobytes())
         return selection
 
-    monkeypatch.setattr(forward.LayerAttention, "select", spy)
+    monkeypatch.setattr(layer_attention.LayerAttention, "select", spy)
     return seen
 
 
@@ -211,7 +211,7 @@ def test_cached_masks_with_refresh_1_equal_uncached_ones(
         f"attention.policies.{p}.stages.{s}.refresh=1" for p in range(2) for s in (2, 1, 0)
     ]
     cached = tokens(run(config(*refresh_1), prompts, tmp_path))
-    monkeypatch.setattr(forward, "refresh_level", lambda *a, **k: 0)
+    monkeypatch.setattr(decode_step, "refresh_level", lambda *a, **k: 0)
     uncached = tokens(run(config(), prompts, tmp_path))
     assert cached == uncached
 
@@ -220,15 +220,15 @@ def test_cached_masks_are_reused_between_refreshes(config: Any, tmp_path: Path) 
     """The other half of the former test: with the preset's own intervals masks do get old."""
     prompts = prompts_of(1500)
     calls: list[int] = []
-    select = forward.LayerAttention.select
+    select = layer_attention.LayerAttention.select
 
     def spy(self: Any, layer: int, row: Any, q: Any, *rest: Any, **more: Any) -> Any:
         if q.shape[1] == 1:
-            calls.append(rest[2])
+            calls.append(rest[3])
         return select(self, layer, row, q, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward.LayerAttention, "select", spy)
+        patch.setattr(layer_attention.LayerAttention, "select", spy)
         run(config(), prompts, tmp_path)
     assert set(calls) == {0, 1, 2, 3}
     assert calls.count(3) > calls.count(0)
@@ -306,14 +306,14 @@ def test_a_row_whose_keys_are_not_finite_fails_and_the_others_go_on(
     prompts = prompts_of(200, 300)
     settings = config()
     expected = tokens(run(settings, prompts[1:], tmp_path))[0]
-    append = forward.PageFlow.append
+    append = page_flow.PageFlow.append
 
     def poison(self: Any, layer: int, row: Any, start: int, k: Any, v: Any) -> None:
         if row.row_id == "row-0" and layer == 1:
             k = torch.full_like(k, torch.nan)
         append(self, layer, row, start, k, v)
 
-    monkeypatch.setattr(forward.PageFlow, "append", poison)
+    monkeypatch.setattr(page_flow.PageFlow, "append", poison)
     engine = make_engine(settings)
     for i, prompt in enumerate(prompts):
         engine.submit(request(f"row-{i}", prompt, N_NEW))

@@ -1,4 +1,4 @@
-"""The two attention steps of a forward pass: a prefill chunk of one row, one decode token of many."""
+"""Select, make resident, attend: one block of queries of one row in one layer."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from torch import Tensor
 
 from ..core.stage import LayerPolicy
 from ..kernels.ops import (
+    PagedKV,
+    PreparedDecode,
     Rope,
     Segments,
     Selection,
-    advance,
     attend_segments,
-    mass_kept,
     merge_partials,
     plan_attend,
+    plan_tail,
     select_blocks,
+    tail_view,
     touched_pages,
 )
 from .page_flow import PageFlow
-from .row import DecodePlan, Row
-from .scheduler import refresh_level
+from .row import Row
 from .summary_index import SummaryIndex
+
+Tail = tuple[PagedKV, Segments]
+"""Means of what a selection left out, in pages of their own, and the segments over them."""
 
 
 class LayerAttention:
-    """Select, make resident, attend: for one block of queries of one row in one layer."""
+    """What the two steps of a forward pass share."""
 
     def __init__(
         self,
@@ -37,7 +41,9 @@ class LayerAttention:
         policies: Sequence[LayerPolicy],
         rope: Rope,
         index: SummaryIndex,
+        n_heads: int,
     ) -> None:
+        self._n_heads = n_heads
         self.flow = flow
         self.policies = policies
         self.rope = rope
@@ -102,6 +108,35 @@ class LayerAttention:
         page_tokens = self.flow.geometry.page_tokens
         return plan_attend(q_start, n_queries, selection, self.policies[layer], page_tokens)
 
+    def tail(
+        self, layer: int, row: Row, q_start: int, n_tokens: int, selection: Selection | None
+    ) -> Tail | None:
+        """The estimate of what the selection left out; None where the policy has none, or nothing is."""
+        policy = self.policies[layer]
+        if not policy.tail or selection is None:
+            return None
+        segments = plan_tail(q_start, selection, policy, self.flow.geometry.page_tokens)
+        if segments is None:
+            return None
+        view = self.flow.selection_view(layer, row, n_tokens)
+        ready = self._index.summaries(layer, row, q_start, view, self.flow.versions_of(row))
+        assert ready is not None
+        return tail_view(ready, policy.tail), segments
+
+    def prepare(
+        self,
+        layer: int,
+        row: Row,
+        position: int,
+        segments: Segments,
+        tail: Tail | None,
+        scale: float,
+    ) -> PreparedDecode:
+        """Attention of one query while pages and selection stay as they are; all are resident."""
+        view = self.flow.bank_view(layer, row, position + 1)
+        policy = self.policies[layer]
+        return PreparedDecode(view, segments, policy, self.rope, scale, self._n_heads, tail)
+
     def attend(
         self,
         layer: int,
@@ -111,11 +146,12 @@ class LayerAttention:
         segments: Segments,
         leaves: np.ndarray,
         scale: float,
+        tail: Tail | None = None,
     ) -> Tensor:
         """Attention over segments in as many passes as the bank needs; q, result [H, Tq, D].
 
-        leaves: `leaves_of` the segments. Partials are merged once, in segment order, so the number of
-        passes never changes the bits.
+        leaves: `leaves_of` the segments. Partials are merged once, in segment order and the tail's last,
+        so the number of passes never changes the bits.
         """
         outs: list[Tensor] = []
         lses: list[Tensor] = []
@@ -134,6 +170,12 @@ class LayerAttention:
             row.stats.attend_passes += 1
             row.stats.seconds_attend += time.monotonic() - started
         started = time.monotonic()
+        if tail is not None:
+            view, means = tail
+            policy = self.policies[layer]
+            out, lse = attend_segments(q, q_start, view, means, policy, self.rope, scale)
+            outs.append(out)
+            lses.append(lse)
         merged, _ = merge_partials(
             outs[0] if len(outs) == 1 else torch.cat(outs),
             lses[0] if len(lses) == 1 else torch.cat(lses),
@@ -165,125 +207,3 @@ class LayerAttention:
         page_ids = row.page_ids.array
         head, page = np.nonzero(touched_pages(segments, n_kv_heads, len(page_ids)))
         return np.sort(page_ids[page] * n_kv_heads + head)
-
-
-class PrefillStep:
-    """Attention of one chunk of one row's prompt, from `start` on, in blocks [first, last) of queries
-    that share a selection."""
-
-    def __init__(
-        self, attention: LayerAttention, row: Row, start: int, blocks: Sequence[tuple[int, int]]
-    ) -> None:
-        self._attention = attention
-        self._row = row
-        self._start = start
-        self._query_blocks = blocks
-        self.seconds = 0.0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        started = time.monotonic()
-        attention, row = self._attention, self._row
-        attention.flow.append(layer, row, self._start, k, v)
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [T, H, D]
-        while True:
-            self._blocks(layer, q, out, scale)
-            # once for all blocks of the chunk: a check costs as much as reading every key
-            if not attention.mend(layer, row):
-                break
-        self.seconds += time.monotonic() - started
-        return out
-
-    def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
-        attention, row = self._attention, self._row
-        for first, last in self._query_blocks:
-            at = slice(first - self._start, last - self._start)
-            block = q[:, at].contiguous()
-            selection = attention.select(layer, row, block, first, scale, check=False)
-            segments = attention.segments(layer, first, last - first, selection)
-            leaves = attention.leaves_of(row, segments)
-            merged = attention.attend(layer, row, block, first, segments, leaves, scale)
-            out[at] = merged.transpose(0, 1)
-
-
-class DecodeStep:
-    """Attention of one new token per row, at position row.n_done; rows never mix."""
-
-    def __init__(self, attention: LayerAttention, rows: Sequence[Row], audit_interval: int) -> None:
-        self._attention = attention
-        self._rows = rows
-        self._audit_interval = audit_interval
-        self.seconds = 0.0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        started = time.monotonic()
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [rows, H, D]
-        for i, row in enumerate(self._rows):
-            at = slice(i, i + 1)
-            out[i] = self._row(layer, row, q[:, at], k[:, at], v[:, at], scale)
-        self.seconds += time.monotonic() - started
-        return out
-
-    def _row(self, layer: int, row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        attention = self._attention
-        policy = attention.policies[layer]
-        position = row.n_done
-        attention.flow.append(layer, row, position, k, v)
-        q = q.contiguous()
-        previous = row.selections[layer]
-        level = refresh_level(
-            [s.refresh for s in policy.stages],
-            position,
-            layer,
-            len(attention.policies),
-            first=previous is None,
-        )
-        selection = attention.select(layer, row, q, position, scale, previous, level)
-        row.selections[layer] = selection
-        plan = self._plan(layer, row, position, selection)
-        out = attention.attend(layer, row, q, position, plan.segments, plan.leaves, scale)
-        if self._audited(layer, row, position):
-            self._audit(layer, row, q, position, plan.segments, scale)
-        return out[:, 0]
-
-    def _plan(self, layer: int, row: Row, position: int, selection: Selection | None) -> DecodePlan:
-        """What to attend to; while only distances change, what the token before attended to."""
-        attention, before = self._attention, row.plans[layer]
-        segments = None
-        if before is not None and before.selection is selection and selection is not None:
-            policy = attention.policies[layer]
-            segments = advance(before.segments, selection, policy, before.position, position)
-        if segments is not None and before is not None:
-            leaves = before.leaves
-        else:
-            segments = attention.segments(layer, position, 1, selection)
-            leaves = attention.leaves_of(row, segments)
-        row.plans[layer] = plan = DecodePlan(position, selection, segments, leaves)
-        return plan
-
-    def _audited(self, layer: int, row: Row, position: int) -> bool:
-        """One layer of every audit_interval-th step, walking over layers (deterministic)."""
-        if not self._audit_interval:
-            return False
-        step = position - row.n_prompt
-        if step % self._audit_interval:
-            return False
-        n_layers = len(self._attention.policies)
-        return layer == (position * 7 + step // self._audit_interval) % n_layers
-
-    def _audit(
-        self,
-        layer: int,
-        row: Row,
-        q: Tensor,
-        position: int,
-        segments: Segments,
-        scale: float,
-    ) -> None:
-        attention = self._attention
-        started = time.monotonic()
-        view = attention.flow.selection_view(layer, row, position + 1)
-        head = position % q.shape[0]
-        policy, rope = attention.policies[layer], attention.rope
-        row.stats.mass_kept_sum += mass_kept(q, position, view, segments, policy, rope, scale, head)
-        row.stats.mass_kept_n += 1
-        row.stats.seconds_other += time.monotonic() - started

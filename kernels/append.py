@@ -1,0 +1,72 @@
+"""New keys and values into their pages: the one place where KV is rounded to its stored format."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .paged import SCALE_BYTES, pack_int8
+
+try:
+    from . import cpu_append
+    from .cpu_pages import KINDS
+except ModuleNotFoundError as exc:  # without numba the torch path below does the same
+    if exc.name not in ("numba", "llvmlite"):
+        raise
+    cpu_append = None  # type: ignore[assignment]
+
+RAW = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.int8: torch.int8,
+}
+"""Integers of an element's size: numpy knows no bfloat16."""
+# the largest float32 that rounds to a finite number of the format
+_MOST = {
+    torch.float32: torch.finfo(torch.float32).max,
+    torch.float16: 65519.996,
+    torch.bfloat16: 3.3961775e38,
+    torch.int8: torch.finfo(torch.float32).max,
+}
+
+
+def append_tokens(
+    leaves: Tensor, slots: np.ndarray, offsets: np.ndarray, k: Tensor, v: Tensor
+) -> int:
+    """Store tokens in pages, rounding to nearest even.
+
+    leaves: [n_slots, 2, page_tokens, D] in the KV dtype (int8: D + 4), contiguous; slots: int64
+    [Hkv, T], offsets: int64 [T], where each token goes; k, v: [Hkv, T, D] float32.
+    Returns the first token with a number that is not finite once stored, or -1; the others are stored.
+    """
+    dtype = leaves.dtype
+    if cpu_append is not None and leaves.is_contiguous():
+        raw = leaves.view(RAW[dtype]).numpy()
+        most = np.float32(_MOST[dtype])
+        return int(
+            cpu_append.append(
+                raw, KINDS[dtype], slots, offsets, k.detach().numpy(), v.detach().numpy(), most
+            )
+        )
+    return append_torch(leaves, slots, offsets, k, v)
+
+
+def append_torch(
+    leaves: Tensor, slots: np.ndarray, offsets: np.ndarray, k: Tensor, v: Tensor
+) -> int:
+    """`append_tokens` where numba is missing."""
+    at, where = torch.from_numpy(slots), torch.from_numpy(offsets).expand(slots.shape)
+    finite = torch.ones(len(offsets), dtype=torch.bool)
+    for side, values in enumerate((k, v)):
+        stored = pack_int8(values) if leaves.dtype == torch.int8 else values.to(leaves.dtype)
+        leaves[at, side, where] = stored
+        shown = stored if leaves.dtype != torch.int8 else _scales(stored)
+        finite &= torch.isfinite(shown).flatten(2).all(dim=2).all(dim=0)
+    wrong = (~finite).nonzero()
+    return int(wrong[0]) if len(wrong) else -1
+
+
+def _scales(packed: Tensor) -> Tensor:
+    return packed[..., -SCALE_BYTES:].contiguous().view(torch.float32)

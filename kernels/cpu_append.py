@@ -1,0 +1,109 @@
+"""New keys and values into their pages, rounded to the stored format, once (DESIGN 6.5)."""
+
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from .cpu_compile import compiled
+from .cpu_ir import F32, intrinsic
+
+_I16 = ir.IntType(16)
+
+
+@intrinsic
+def _half_bits(typing: Any, x: Any) -> Any:
+    """A float32 as float16, round to nearest even: its bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), _I16)
+
+    return types.int16(types.float32), codegen
+
+
+@intrinsic
+def _float_bits(typing: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def _as_float(typing: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.int32), codegen
+
+
+@compiled
+def append(raw, kind, slots, offsets, k, v, most):
+    """Write tokens; returns the first token that holds a number which is not finite once stored, or -1.
+
+    raw: the bank's layer as integers of an element's size, [n_slots, 2, page_tokens, D or D + 4]; kind:
+    number in `cpu_pages.KINDS`; slots: int64 [Hkv, T]; offsets: int64 [T]; k, v: float32 [Hkv, T, D];
+    most: the largest number the format holds.
+    """
+    n_heads, n_tokens, head_dim = k.shape
+    wrong = -1
+    for t in range(n_tokens - 1, -1, -1):
+        for h in range(n_heads):
+            for side in range(2):
+                x = k[h, t] if side == 0 else v[h, t]
+                row = raw[slots[h, t], side, offsets[t]]
+                if not _store(row, kind, x, head_dim, most):
+                    wrong = t
+    return wrong
+
+
+@compiled
+def _store(row, kind, x, head_dim, most):
+    good = True
+    if kind == 0:
+        for d in range(head_dim):
+            row[d] = _float_bits(x[d])
+            good &= abs(x[d]) <= most
+    elif kind == 1:
+        for d in range(head_dim):
+            row[d] = _half_bits(x[d])
+            good &= abs(x[d]) <= most
+    elif kind == 2:
+        for d in range(head_dim):
+            bits = np.uint32(_float_bits(x[d]))
+            # a NaN stays one: the rounding could carry its mantissa away
+            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            row[d] = np.int16((bits + even) >> np.uint32(16)) if x[d] == x[d] else np.int16(0x7FC0)
+            good &= abs(x[d]) <= most
+    else:
+        good = _store_int8(row, x, head_dim, most)
+    return good
+
+
+@compiled
+def _store_int8(row, x, head_dim, most):
+    """As `paged.pack_int8`: whole numbers, then the four bytes of the scale."""
+    good = True
+    top = np.float32(0.0)
+    for d in range(head_dim):
+        good &= abs(x[d]) <= most
+        if abs(x[d]) > top:
+            top = abs(x[d])
+    scale = top / np.float32(127.0)
+    least = max(scale, np.float32(1.1754943508222875e-38))
+    for d in range(head_dim):
+        row[d] = (
+            np.int8(min(max(np.rint(x[d] / least), np.float32(-127.0)), np.float32(127.0)))
+            if good
+            else np.int8(0)
+        )
+    bits = _float_bits(scale if good else np.float32(np.nan))
+    for i in range(4):
+        row[head_dim + i] = np.int8((bits >> (8 * i)) & 0xFF)
+    return good

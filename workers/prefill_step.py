@@ -1,0 +1,51 @@
+"""Attention of a prefill chunk: blocks of queries of one row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layer_attention import LayerAttention
+from .row import Row
+
+
+class PrefillStep:
+    """Attention of one chunk of one row's prompt, from `start` on, in blocks [first, last) of queries
+    that share a selection."""
+
+    def __init__(
+        self, attention: LayerAttention, row: Row, start: int, blocks: Sequence[tuple[int, int]]
+    ) -> None:
+        self._attention = attention
+        self._row = row
+        self._start = start
+        self._query_blocks = blocks
+        self.seconds = 0.0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        started = time.monotonic()
+        attention, row = self._attention, self._row
+        attention.flow.append(layer, row, self._start, k, v)
+        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [T, H, D]
+        while True:
+            self._blocks(layer, q, out, scale)
+            # once for all blocks of the chunk: a check costs as much as reading every key
+            if not attention.mend(layer, row):
+                break
+        self.seconds += time.monotonic() - started
+        return out
+
+    def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
+        attention, row = self._attention, self._row
+        for first, last in self._query_blocks:
+            at = slice(first - self._start, last - self._start)
+            block = q[:, at].contiguous()
+            selection = attention.select(layer, row, block, first, scale, check=False)
+            segments = attention.segments(layer, first, last - first, selection)
+            leaves = attention.leaves_of(row, segments)
+            tail = attention.tail(layer, row, first, last, selection)
+            merged = attention.attend(layer, row, block, first, segments, leaves, scale, tail)
+            out[at] = merged.transpose(0, 1)
