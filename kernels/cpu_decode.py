@@ -31,8 +31,8 @@ from .cpu_pages import (
     bytes_of_row,
     kind_of,
     n_tokens_of,
-    page_address,
     page_tokens_of,
+    row_address,
     set_n_tokens,
     value_offset,
 )
@@ -44,7 +44,7 @@ from .rope import FINE, Rope
 from .segments import HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT, Segments
 from .segments import KINDS as SEGMENT_KINDS
 
-SPAN = 16
+SPAN = 32
 """Consecutive positions that share one rotation of the queries."""
 BATCH = 64
 """Values weighed in one sweep: they stay in the first-level cache while it walks over dimensions."""
@@ -282,8 +282,10 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
             before = r * run_tokens - start if renumbered else -first_token
             while start >= 0 and low < high:
                 # a run may go over the edge of a page
-                edge = min(high, (low // page_tokens + 1) * page_tokens)
-                src = page_address(low, KEY, head, book)
+                page = low // page_tokens
+                offset = low - page * page_tokens
+                edge = min(high, low - offset + page_tokens)
+                src = row_address(page, offset, KEY, head, book)
                 if src == 0:
                     return -1
                 where = position + low + before
@@ -292,7 +294,7 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
                     and not weighted
                     and found[n - 1, 2] + found[n - 1, 1] * row_bytes == src
                     and found[n - 1, 3] + found[n - 1, 1] == where
-                    and low % page_tokens
+                    and offset
                 ):
                     found[n - 1, 1] += edge - low
                 else:

@@ -93,17 +93,24 @@ def address(array):
 
 
 @compiled
-def page_address(token, side, kv_head, book):
-    """Address of one stored row; 0 if its page is absent. book: address of Pages.book."""
-    page_tokens = peek(book, _PAGE_TOKENS)
-    page = token // page_tokens
+def row_address(page, offset, side, kv_head, book):
+    """Address of stored row number `offset` of a page; 0 if the page is absent. book: address of
+    Pages.book."""
     entry = kv_head * peek(book, _N_PAGES) + page
     leaf = peek(peek(book, _ROW), entry)
     if leaf < 0:
         return 0
-    slot = (leaf * 2 + side) * page_tokens + token - page * page_tokens
+    slot = (leaf * 2 + side) * peek(book, _PAGE_TOKENS) + offset
     base = peek(peek(book, _BASES), peek(peek(book, _MEMORY), entry))
     return base + slot * peek(book, _ROW_BYTES)
+
+
+@compiled
+def page_address(token, side, kv_head, book):
+    """`row_address` of a token."""
+    page_tokens = peek(book, _PAGE_TOKENS)
+    page = token // page_tokens
+    return row_address(page, token - page * page_tokens, side, kv_head, book)
 
 
 @compiled

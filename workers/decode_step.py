@@ -71,7 +71,7 @@ class DecodeStep:
             len(attention.policies),
             first=previous is None,
         )
-        selection = attention.select(layer, row, q, position, scale, previous, level)
+        selection = attention.select(layer, row, q, position, position + 1, scale, previous, level)
         row.selections[layer] = selection
         plan = row.plans[layer]
         if plan is None or plan.selection is not selection or position >= plan.until:

@@ -16,6 +16,7 @@ from ..kernels.ops import (
     Rope,
     Segments,
     Selection,
+    Summaries,
     attend_segments,
     merge_partials,
     plan_attend,
@@ -55,6 +56,7 @@ class LayerAttention:
         row: Row,
         q: Tensor,
         q_start: int,
+        n_appended: int,
         scale: float,
         previous: Selection | None = None,
         level: int = 0,
@@ -62,7 +64,8 @@ class LayerAttention:
     ) -> Selection | None:
         """q [H, Tq, D] at absolute positions q_start …; None for a dense policy.
 
-        Without `check` the caller sees to `mend` before it keeps anything of what follows.
+        n_appended: tokens of the row whose keys this layer has. Without `check` the caller sees to
+        `mend` before it keeps anything of what follows.
         """
         policy = self.policies[layer]
         if policy.dense:
@@ -71,33 +74,48 @@ class LayerAttention:
             return previous  # most decode steps: no view of the pages is needed
         started = time.monotonic()
         while True:
-            view = self.flow.selection_view(layer, row, q_start + q.shape[1])
-            versions = self.flow.versions_of(row)
+            view = self.flow.selection_view(layer, row, n_appended)
             coarse = self._index.coarse(layer, row, q, q_start, view) if level == 0 else None
-            ready = self._index.summaries(layer, row, q_start, view, versions)
+            ready = self._summaries(layer, row, view)
             selection = select_blocks(
                 q, q_start, view, policy, self.rope, previous, level, coarse, ready, scale
             )
-            if not check or not self.mend(layer, row, previous, level):
+            self._note_keys_read(layer, row, selection, level, coarse is not None)
+            if not check or not self.mend(layer, row):
                 break
         row.stats.seconds_select += time.monotonic() - started
         return selection
 
-    def mend(self, layer: int, row: Row, previous: Selection | None = None, level: int = 0) -> bool:
-        """Check what the stages from `level` on have read in place; True if it must be read again.
+    def _summaries(self, layer: int, row: Row, view: PagedKV) -> Summaries | None:
+        ready, made = self._index.summaries(layer, row, view, self.flow.versions_of(row))
+        self.flow.note_in_place(layer, row, np.arange(made.start, made.stop))
+        return ready
+
+    def _note_keys_read(
+        self, layer: int, row: Row, selection: Selection, level: int, coarse: bool
+    ) -> None:
+        """Pages whose keys a search has probed: those of what entered the first one from `level` on."""
+        policy, page_tokens = self.policies[layer], self.flow.geometry.page_tokens
+        for i, stage in enumerate(policy.stages):
+            if i < level or stage.scorer != "search" or (i == 0 and coarse):
+                continue
+            entered = selection.inputs[i]
+            if entered is None:
+                pages = np.arange(len(row.page_ids))
+            else:
+                starts = entered.numpy()
+                starts = starts[starts >= 0]
+                touched = np.concatenate([starts, starts + (stage.chunk - 1)]) // page_tokens
+                pages = np.unique(np.minimum(touched, len(row.page_ids) - 1))
+            self.flow.note_in_place(layer, row, pages)
+            return
+
+    def mend(self, layer: int, row: Row) -> bool:
+        """Check what selection has read in place since the last check; True if it must be read again.
 
         Attention copies what it reads into the bank and checks the copy; selection does not.
         """
-        policy = self.policies[layer]
-        if policy.dense or level == len(policy.stages):
-            return False
-        pages: list[int] | None = None
-        if previous is not None and level and (starts := previous.inputs[level]) is not None:
-            starts = starts[starts >= 0]
-            ends = starts + (policy.stages[level - 1].chunk - 1)
-            touched = torch.cat([starts, ends]) // self.flow.geometry.page_tokens
-            pages = torch.unique(touched.clamp(max=len(row.page_ids) - 1)).tolist()
-        if not self.flow.mend_in_place(layer, row, pages):
+        if not self.flow.mend_in_place(layer, row):
             return False
         self._index.forget(layer, row)  # its summaries may have been made of bad bytes
         return True
@@ -109,17 +127,27 @@ class LayerAttention:
         return plan_attend(q_start, n_queries, selection, self.policies[layer], page_tokens)
 
     def tail(
-        self, layer: int, row: Row, q_start: int, n_tokens: int, selection: Selection | None
+        self,
+        layer: int,
+        row: Row,
+        q_start: int,
+        n_appended: int,
+        selection: Selection | None,
+        check: bool = True,
     ) -> Tail | None:
-        """The estimate of what the selection left out; None where the policy has none, or nothing is."""
+        """The estimate of what the selection left out; None where the policy has none, or nothing is.
+        n_appended and check: as for `select`."""
         policy = self.policies[layer]
         if not policy.tail or selection is None:
             return None
         segments = plan_tail(q_start, selection, policy, self.flow.geometry.page_tokens)
         if segments is None:
             return None
-        view = self.flow.selection_view(layer, row, n_tokens)
-        ready = self._index.summaries(layer, row, q_start, view, self.flow.versions_of(row))
+        while True:
+            view = self.flow.selection_view(layer, row, n_appended)
+            ready = self._summaries(layer, row, view)
+            if not check or not self.mend(layer, row):
+                break
         assert ready is not None
         return tail_view(ready, policy.tail), segments
 

@@ -355,7 +355,7 @@ class PageFlow:
     def selection_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
         """Every page of the row: from the bank where it is resident, else in place from its home.
 
-        What is read in place is noted, for `mend_in_place` to check.
+        The caller notes what it reads with `note_in_place`.
         """
         page_ids = row.page_ids.array
         leaves = page_ids[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
@@ -369,22 +369,27 @@ class PageFlow:
             memory = np.where(absent, home[None, :] + 1, 0)
             rows = np.where(absent, home_rows, slots)
             self._memory(int(home.max()))
-            in_place = self._in_place.setdefault(row.row_id, {}).setdefault(layer, set())
-            in_place.update(np.flatnonzero(absent.any(axis=0)).tolist())
         return self._view(layer, memory, rows, n_tokens)
 
-    def mend_in_place(
-        self, layer: int, row: Row, page_indexes: Sequence[int] | None = None
-    ) -> bool:
-        """Check pages (all by default) that were just read in place. Bytes that were wrong when they
+    def note_in_place(self, layer: int, row: Row, pages: np.ndarray) -> None:
+        """These pages of the row were read through `selection_view`: `mend_in_place` will check those
+        that are not in the bank."""
+        if not len(pages):
+            return
+        leaves = row.page_ids.array[pages] * self.geometry.n_kv_heads + self._heads[:, None]
+        absent = (self.residency[layer].slots_of(leaves) < 0).any(axis=0)
+        if absent.any():
+            in_place = self._in_place.setdefault(row.row_id, {}).setdefault(layer, set())
+            in_place.update(pages[absent].tolist())
+
+    def mend_in_place(self, layer: int, row: Row) -> bool:
+        """Check the pages that were read in place since the last check. Bytes that were wrong when they
         were read are wrong still, so a check after use misses nothing, whoever flipped them.
 
         True if a copy was bad and a good one took its place: what was made of the former must be
         made again. Raises PageLost if there is no good copy.
         """
         read = self._in_place.get(row.row_id, {}).pop(layer, set())
-        if page_indexes is not None:
-            read = read.intersection(page_indexes)
         if self._client is None or not read:
             return False
         mended = False

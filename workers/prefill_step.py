@@ -40,12 +40,13 @@ class PrefillStep:
 
     def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
         attention, row = self._attention, self._row
+        n_appended = self._start + q.shape[1]
         for first, last in self._query_blocks:
             at = slice(first - self._start, last - self._start)
             block = q[:, at].contiguous()
-            selection = attention.select(layer, row, block, first, scale, check=False)
+            selection = attention.select(layer, row, block, first, n_appended, scale, check=False)
             segments = attention.segments(layer, first, last - first, selection)
             leaves = attention.leaves_of(row, segments)
-            tail = attention.tail(layer, row, first, last, selection)
+            tail = attention.tail(layer, row, first, n_appended, selection, check=False)
             merged = attention.attend(layer, row, block, first, segments, leaves, scale, tail)
             out[at] = merged.transpose(0, 1)

@@ -62,22 +62,27 @@ class SummaryIndex:
                 self._known.clear()
 
     def summaries(
-        self, layer: int, row: Row, q_start: int, view: PagedKV, versions: np.ndarray
-    ) -> Summaries | None:
-        """Ready summaries of all full pages before the query at q_start. versions: of the row's pages, so
-        that summaries of a page number's former page do not count."""
+        self, layer: int, row: Row, view: PagedKV, versions: np.ndarray
+    ) -> tuple[Summaries | None, range]:
+        """Ready summaries of all full pages of the view, and the pages whose keys were read to make
+        those that were missing. versions: of the row's pages, so that summaries of a page number's
+        former page do not count."""
         if not self._pool.names[layer]:
-            return None
-        n_pages = q_start // self._page_tokens
+            return None, range(0)
+        n_pages = view.n_tokens // self._page_tokens
         slots = row.page_ids.array
         here = self._here.setdefault(row.row_id, {})
         first = here.get(layer)
         if first is None:
             first = self._pool.n_ready(layer, slots[:n_pages], versions[:n_pages])
+        made = range(0)
         if first < n_pages:
             self._pool.fill(layer, view, slots, versions, first, n_pages)
+            # a summary of several pages is made with its last one
+            longest = max(1, max(c for _, c in self._pool.names[layer]) // self._page_tokens)
+            made = range(first // longest * longest, n_pages)
         here[layer] = max(first, n_pages)
-        return self._pool.summaries(layer, slots, here[layer])
+        return self._pool.summaries(layer, slots, here[layer]), made
 
     def coarse(self, layer: int, row: Row, q: Tensor, q_start: int, view: PagedKV) -> Tensor | None:
         """The first stage scored at the retriever; None where it is scored here."""

@@ -224,7 +224,7 @@ def test_cached_masks_are_reused_between_refreshes(config: Any, tmp_path: Path) 
 
     def spy(self: Any, layer: int, row: Any, q: Any, *rest: Any, **more: Any) -> Any:
         if q.shape[1] == 1:
-            calls.append(rest[3])
+            calls.append(rest[4])
         return select(self, layer, row, q, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -273,7 +273,7 @@ def test_summaries_scored_here_or_at_a_retriever_select_the_same(
     plain = config(*sets)
     with monkeypatch.context() as patch:
         # the reference: no index at all, summaries made from the keys every time
-        patch.setattr(SummaryIndex, "summaries", lambda *a, **k: None)
+        patch.setattr(SummaryIndex, "summaries", lambda *a, **k: (None, range(0)))
         patch.setattr(SummaryIndex, "coarse", lambda *a, **k: None)
         base = tokens(run(plain, prompts, tmp_path))
     settings = config(*sets, f"retriever.remote={str(remote).lower()}")
