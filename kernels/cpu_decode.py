@@ -41,7 +41,7 @@ from .cpu_stored import KINDS, RUN_WORDS, dots, softmax_1, softmax_2, softmax_4,
 from .cpu_wait import FAILED, leave, take_ticket, wait_until
 from .paged import PagedKV, absent_page
 from .rope import FINE, Rope
-from .segments import HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT, Segments
+from .segments import FIXED, HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT, Segments
 from .segments import KINDS as SEGMENT_KINDS
 
 SPAN = 32
@@ -257,7 +257,7 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
     """The visible part of every run of segments [first, last): addresses, keys, position.
 
     found: rows of (address of the first value, keys, address of the first key, position, number of the
-    run whose weight they have); ends: after each segment, the rows so far. Returns their number, -1 if
+    run whose weight they have, whether all keys have that position); ends: after each segment, the rows so far. Returns their number, -1 if
     a page is absent. Runs that follow each other in memory and position are joined.
     """
     q_start = counters[_Q_START]
@@ -271,7 +271,7 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
         if kind == _WINDOW:
             position -= base[head * len(base) // n_kv_heads]
         first_token = runs[first_run]
-        renumbered = table[s, RENUMBERED] == 1
+        renumbered, fixed = table[s, RENUMBERED] == 1, table[s, RENUMBERED] == FIXED
         least, window, gap, bound = rules[kind, 0], rules[kind, 1], rules[kind, 2], rules[kind, 3]
         low_limit = max(least, q_start - window + 1)
         high_limit = min(min(bound, q_start - gap + 1), n_tokens_of(book))
@@ -288,10 +288,11 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
                 src = row_address(page, offset, KEY, head, book)
                 if src == 0:
                     return -1
-                where = position + low + before
+                where = position if fixed else position + low + before
                 if (
                     n > begin
                     and not weighted
+                    and not fixed
                     and found[n - 1, 2] + found[n - 1, 1] * row_bytes == src
                     and found[n - 1, 3] + found[n - 1, 1] == where
                     and offset
@@ -303,6 +304,7 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
                     found[n, 2] = src
                     found[n, 3] = where
                     found[n, 4] = first_run + r
+                    found[n, 5] = fixed
                     n += 1
                 low = edge
         ends[s - first] = n
@@ -349,9 +351,17 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
             _call_near(found[r + AHEAD, 2], n_bytes)
             _call_near(found[r + AHEAD, 0], n_bytes)
         left, at, where = found[r, 1], found[r, 2], found[r, 3]
+        step = half
         while left > 0:
             if exact:
                 n_here, angle, turned = left, 4 * where * half, at_query
+            elif found[r, 5] == 1:
+                if where != origin:
+                    origin = where
+                    _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
+                          address(coarse_cos), address(coarse_sin),
+                          at_turned + 4 * 2 * group * head_dim)  # fmt: skip
+                n_here, angle, turned, step = left, 0, at_turned, 0
             else:
                 if where < origin or where >= origin + SPAN:
                     origin = where
@@ -366,7 +376,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
             while h < group:
                 m = _tile(group - h)
                 dots(at_logits + 4 * (out + n * _width(m)), turned + 4 * h * head_dim, at, row_bytes, n_here,
-                     half, at_cos + angle, at_sin + angle, variant + m)  # fmt: skip
+                     half, at_cos + angle, at_sin + angle, step, variant + m)  # fmt: skip
                 if len(weights) > 0:
                     for i in range(out + n * _width(m), out + (n + n_here) * _width(m)):
                         logits[i] += weights[found[r, 4]]

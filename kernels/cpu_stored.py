@@ -21,7 +21,7 @@ KINDS = ("float32", "float16", "bfloat16", "int8")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 HEADS = (1, 2, 3, 4)
 """Heads of a tile."""
-RUN_WORDS = 5
+RUN_WORDS = 6
 """int64 numbers of one run in `weigh`."""
 
 
@@ -109,14 +109,14 @@ def _dots(kind: str, n_heads: int) -> Any:
     """out[key][width] = query . rotated key, for keys that lie one after the other.
 
     q: n_heads rotated queries, 2 * half floats each; key: the first row, row_bytes apart; cos, sin:
-    angles of the first key, half floats each, those of the next key follow. Up to 7 floats beyond the
-    last key's are overwritten.
+    angles of the first key, half floats each, those of the next key turn_step floats later. Up to 7
+    floats beyond the last key's are overwritten.
     """
     width = width_of(n_heads)
     per_step = LANES // width
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        out, q, key, row_bytes, n_keys, half, cos, sin = args
+        out, q, key, row_bytes, n_keys, half, cos, sin, turn_step = args
         e = Emit(builder)
         last = builder.sub(n_keys, e.index(1))
         n_steps = builder.udiv(builder.add(n_keys, e.index(per_step - 1)), e.index(per_step))
@@ -129,7 +129,7 @@ def _dots(kind: str, n_heads: int) -> Any:
                 # beyond the last key: that key again, its result is overwritten or masked
                 index = builder.select(builder.icmp_signed("<", index, last), index, last)
                 rows.append(builder.add(key, builder.mul(index, row_bytes)))
-                angles.append(builder.mul(index, half))
+                angles.append(builder.mul(index, turn_step))
             for total in sums:
                 builder.store(e.const(0.0, WIDE), total)
             with cgutils.for_range(builder, n_parts) as part:
@@ -282,9 +282,9 @@ def _switched(make: Callable[[str, int], Any], kinds: Sequence[str] = KINDS) -> 
 
 @intrinsic
 def dots(typing: Any, out: Any, q: Any, key: Any, row_bytes: Any, n_keys: Any, half: Any, cos: Any,
-         sin: Any, variant: Any) -> Any:  # fmt: skip
+         sin: Any, turn_step: Any, variant: Any) -> Any:  # fmt: skip
     """See `_dots`; variant: KINDS number * 4 + heads - 1."""
-    return _void(9), _switched(_dots)
+    return _void(10), _switched(_dots)
 
 
 @intrinsic

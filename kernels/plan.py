@@ -8,7 +8,7 @@ import numpy as np
 
 from ..core.errors import InternalError
 from ..core.stage import LayerPolicy
-from .segments import KINDS, Segments
+from .segments import FIXED, KINDS, Segments
 from .selection import Selection, first_chunks
 
 GROUP = 8
@@ -29,7 +29,7 @@ class _Part:
     run_tokens: int
     sizes: np.ndarray
     key_starts: np.ndarray
-    renumbered: bool
+    renumbered: int
 
 
 def plan_attend(
@@ -64,6 +64,19 @@ def plan_attend(
     window_start = max(0, q_start - policy.window + 1)
     parts.append(_windows(window_start, q_last, page_tokens, base))
     return _join(parts, base, page_tokens)
+
+
+def plan_dense(q: int, reach: int, page_tokens: int) -> Segments:
+    """All keys up to the query at q, with true distances up to `reach` and that one beyond."""
+    first_near = max(0, q - reach + 1) // page_tokens
+    parts = []
+    if first_near:
+        runs = np.arange(first_near)[None] * page_tokens
+        n_segments = len(_sizes(first_near))
+        starts = np.full((n_segments, 1), q - reach)
+        parts.append(_Part(_SELECTED, runs, page_tokens, _sizes(first_near), starts, FIXED))
+    parts.append(_windows(first_near * page_tokens, q, page_tokens, (0,)))
+    return _join(parts, (0,), page_tokens)
 
 
 def good_until(q: int, selection: Selection, policy: LayerPolicy, page_tokens: int) -> int:

@@ -20,6 +20,8 @@ KINDS: tuple[SegmentKind, ...] = ("sink", "selected", "window", "tail")
 
 RUNS_AT, HEADS, N_RUNS, RUN_TOKENS, RENUMBERED, KIND = range(6)
 """Columns of `Segments.table`."""
+FIXED = 2
+"""In column RENUMBERED: all keys of the segment stand at its first position."""
 
 
 @dataclass(eq=False)
@@ -42,6 +44,8 @@ class Segment:
     page_tokens: int
     weights: np.ndarray | None = None
     """float32 like `runs`: how many tokens each mean of a tail stands for."""
+    fixed: bool = False
+    """All keys stand at the first position."""
 
     @cached_property
     def starts(self) -> Tensor:
@@ -123,9 +127,10 @@ class Segments(Sequence[Segment]):
             tokens,
             tuple(starts.tolist()),
             self.base,
-            bool(renumbered),
+            renumbered == 1,
             self.page_tokens,
             weights,
+            renumbered == FIXED,
         )
 
     @property

@@ -18,6 +18,8 @@ from ..kernels.ops import (
     Selection,
     Summaries,
     attend_segments,
+    candidate_end,
+    delta_correction,
     merge_partials,
     plan_attend,
     plan_tail,
@@ -150,6 +152,32 @@ class LayerAttention:
                 break
         assert ready is not None
         return tail_view(ready, policy.tail), segments
+
+    def corrected(
+        self,
+        layer: int,
+        row: Row,
+        q: Tensor,
+        q_start: int,
+        n_appended: int,
+        out: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Sparse attention of a block, out [H, Tq, D], with the policy's delta correction if it has one
+        and anything was left out. Reads in place: the caller sees to `mend`."""
+        policy = self.policies[layer]
+        if not policy.delta or policy.dense:
+            return out
+        n_kept = policy.stages[-1].keep
+        if candidate_end(q_start, policy) - policy.sink <= min(s.keep for s in policy.stages):
+            return out
+        started = time.monotonic()
+        view = self.flow.selection_view(layer, row, n_appended)
+        n_pages = -(-(q_start + 1) // self.flow.geometry.page_tokens)
+        self.flow.note_in_place(layer, row, np.arange(n_pages))
+        out = delta_correction(q, q_start, view, out, n_kept, policy, self.rope, scale)
+        row.stats.seconds_attend += time.monotonic() - started
+        return out
 
     def prepare(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,13 +41,15 @@ class PrefillStep:
 
     def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
         attention, row = self._attention, self._row
+        # copies in numpy: torch would wake its threads for them, which then spin beside our own
         n_appended = self._start + q.shape[1]
         for first, last in self._query_blocks:
             at = slice(first - self._start, last - self._start)
-            block = q[:, at].contiguous()
+            block = torch.from_numpy(np.ascontiguousarray(q.numpy()[:, at]))
             selection = attention.select(layer, row, block, first, n_appended, scale, check=False)
             segments = attention.segments(layer, first, last - first, selection)
             leaves = attention.leaves_of(row, segments)
             tail = attention.tail(layer, row, first, n_appended, selection, check=False)
             merged = attention.attend(layer, row, block, first, segments, leaves, scale, tail)
-            out[at] = merged.transpose(0, 1)
+            merged = attention.corrected(layer, row, block, first, n_appended, merged, scale)
+            out.numpy()[at] = merged.numpy().swapaxes(0, 1)

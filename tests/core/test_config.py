@@ -49,7 +49,7 @@ def test_every_file_in_configs_loads(path: Path) -> None:
 
 
 def test_the_files_are_the_ones_tested_here() -> None:
-    assert {path.stem for path in CONFIGS} == {"dev", *PRESETS}
+    assert {path.stem for path in CONFIGS} == {"dev", "infinitehip-16k-shallow", *PRESETS}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -70,6 +70,15 @@ def test_presets_hold_the_papers_numbers(name: str) -> None:
         assert tuple(stage.keep for stage in policy.stages) == keep
         assert tuple(stage.refresh for stage in policy.stages) == refresh
         assert tuple(stage.query_stride for stage in policy.stages) == (4, 4, 1)
+
+
+def test_the_shallow_preset_has_one_stage_and_a_large_window() -> None:
+    path = ROOT / "configs" / "infinitehip-16k-shallow.yaml"
+    assert set(yaml.safe_load(path.read_text())) == {"attention"}
+    first, rest = load_config([path]).attention.policies
+    assert (first.layers, first.window, rest.window) == ("0-2", 128 * K, 1024)
+    for policy in (first, rest):
+        assert [(s.scorer, s.chunk, s.keep) for s in policy.stages] == [("search", 32, 16 * K)]
 
 
 def test_dev_runs_the_3k_preset_on_one_node() -> None:

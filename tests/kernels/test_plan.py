@@ -131,7 +131,7 @@ def test_a_plan_is_good_until_it_changes(data):
         for _ in range(data.draw(st.sampled_from([1, 2])))
     ]
     blocks = selection_of(*[[8 * b for b in row] for row in rows]).blocks
-    entered = torch.arange(0, 960, 8).expand(len(rows), -1)
+    entered = torch.arange(0, 968, 8).expand(len(rows), -1)
     counts = (blocks >= 0).sum(dim=1)
     two_stages = policy.model_copy(update={"stages": (Stage(chunk=16, keep=960), *policy.stages)})
     selection = Selection((None, entered), blocks, counts)
