@@ -138,7 +138,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> No
         ("store: {lease_s: -1}", "store.lease_s", "greater than 0"),
         ("store: {timeout_s: .inf}", "store.timeout_s", "finite"),
         ("store: {timeout_s: .nan}", "store.timeout_s", "finite"),
-        ("cache: {kv_dtype: int3}", "cache.kv_dtype", "'float32', 'float16' or 'bfloat16'"),
+        ("cache: {kv_dtype: int3}", "cache.kv_dtype", "'float32', 'float16', 'bfloat16' or 'int8'"),
         ("cluster: {wiring: mesh}", "cluster.wiring", "'ray' or 'inprocess'"),
         ("worker: 3", "worker", "valid dictionary"),
         ("worker:", "worker", "valid dictionary"),
