@@ -52,6 +52,9 @@ class Stage(BaseModel):
     """Neighbouring queries averaged into one before scoring."""
     variant: Variant = "authors"
     """`paper`: first-token probes, the last one scores; `authors`: centre probes, the best does."""
+    spread: float = Field(default=1.0, gt=0.0, le=1.0)
+    """`bounds`: how far the summary reaches from the mean towards minimum and maximum. 1 is a true bound;
+    less ranks a block by what it is likely to hold, not by what it could hold at most."""
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     """Adaptive budget: the fewest best chunks whose estimated share of the softmax over all that enter
     reaches this, at most `keep` tokens. None always keeps `keep`."""

@@ -11,7 +11,7 @@ from .plan import plan_attend, plan_tail
 from .rope import Rope
 from .segments import Segment, Segments
 from .selection import Selection
-from .summaries import Summaries, summarise_pages
+from .summaries import Summaries, summarise_pages, tail_table
 
 try:
     from . import cpu_attend, cpu_merge
@@ -177,7 +177,7 @@ def attend_tail(
 
 def tail_view(summaries: Summaries, tail: int) -> PagedKV:
     """Means of keys and values as pages of their own: token number = number of the mean."""
-    table = summaries.tables["tail", tail]
+    table = summaries.tables[tail_table(tail)]
     n_slots, n_kv_heads, _, per_page, head_dim = table.shape
     slots = torch.from_numpy(summaries.slots[: summaries.n_pages])
     row = slots * n_kv_heads + torch.arange(n_kv_heads)[:, None]

@@ -36,6 +36,7 @@ from .cpu_wait import FAILED, leave, take_ticket
 from .paged import PagedKV, absent_page
 from .rope import Rope
 from .segments import (
+    FIXED,
     HEADS,
     KIND,
     KINDS,
@@ -134,7 +135,7 @@ def _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, cos
     if table[s, KIND] == _WINDOW:
         position -= base[head * len(base) // n_kv_heads]
     first_token = runs[first_run]
-    renumbered = table[s, RENUMBERED] == 1
+    renumbered, fixed = table[s, RENUMBERED] == 1, table[s, RENUMBERED] == FIXED
     rule = rules[table[s, KIND]]
     least, window, gap, bound = rule[0], rule[1], rule[2], rule[3]
     # beyond the last query, or never written: may hold anything
@@ -160,7 +161,9 @@ def _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, cos
                 src = page_address(token, KEY, head, book)
                 if src == 0:
                     return -1
-                where = position + (n if renumbered else token - first_token)
+                where = position
+                if not fixed:
+                    where += n if renumbered else token - first_token
                 load_rotated(at_key, src, book, cos, sin, where)
                 load_row(at_value, src + to_value, book)
             n += 1

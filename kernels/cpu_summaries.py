@@ -38,7 +38,7 @@ from .cpu_wait import FAILED, leave, take_ticket, wait_until
 from .paged import PagedKV, absent_page
 from .rope import FINE, Rope
 from .selection import StagePositions
-from .summaries import Summaries, TableName, per_page_of
+from .summaries import Summaries, TableName, check_tables, per_page_of, table_of
 
 TILE = 96
 """Chunks of one task."""
@@ -77,7 +77,9 @@ def summary_scores(
     tiles = query_tiles(
         q, small, (fine_cos, fine_sin), stage.query_stride, fold, n_kv_heads, repeat_first=True
     )
-    name: TableName = ("mean" if stage.scorer == "mean" else "bounds", stage.chunk)
+    name = table_of(stage)
+    if check_tables([name], view.page_tokens, policy.sink) is not None:
+        summaries = None  # these chunks do not lie in pages' slots
     table, book, held = _table(summaries, name, view, stage.chunk)
     bounds = stage.scorer == "bounds"
     n_rows = tiles.shape[1] * tiles.shape[3]
@@ -86,17 +88,17 @@ def summary_scores(
     n_dims = head_dim * (2 if bounds else 1)
     width = 4 if n_rows >= 3 else n_rows
     lanes = n_rows if tiles.shape[3] > 1 else width * -(-n_rows // 4)
-    table_of_all = np.empty((n_kv_heads, (n_chunks + WIDTH) * lanes if softmax else 0), np.float32)
+    everything = np.empty((n_kv_heads, (n_chunks + WIDTH) * lanes if softmax else 0), np.float32)
     arguments = (
         scores.numpy(), np.ascontiguousarray(starts.numpy()), where, tiles, fine_cos, fine_sin,
-        coarse_cos, coarse_sin, settings, book, pages.book, table_of_all,
+        coarse_cos, coarse_sin, settings, np.float32(stage.spread), book, pages.book, everything,
     )  # fmt: skip
     n_tasks = n_kv_heads * (-(-n_chunks // TILE))
     del table
     with POOL.lock:
         turned = POOL.scratch("summary-q", (tiles[0].size * 3 + 2 * head_dim,))
         rows = POOL.scratch(
-            "summary-k", ((ROWS + 1) * max(n_dims, 2 * head_dim) + 8 * LANES * ROWS,)
+            "summary-k", ((ROWS + 2) * max(n_dims, 2 * head_dim) + 8 * LANES * ROWS,)
         )
         ints = POOL.scratch("summary-i", (ROWS,), np.int64)
         if POOL.run(_worker, arguments, n_tasks, (turned, rows, ints)):
@@ -174,42 +176,47 @@ def _load_entry(dst, src, n, kind):
 
 
 @compiled
-def _summarise(rows, at_row, start, end, chunk, kv_head, head_dim, bounds, pages):
+def _summarise(rows, at_row, start, end, chunk, kv_head, head_dim, bounds, spread, pages):
     """A summary from the keys of [start, min(start + chunk, end)) into rows[at_row:]; False if absent.
 
-    The last head_dim floats of rows are scratch.
+    The last 2 * head_dim floats of rows are scratch.
     """
-    scratch = len(rows) - head_dim
+    key = len(rows) - head_dim
+    total = key - head_dim
     last = min(start + chunk, end)
     for token in range(start, last):
         src = page_address(token, KEY, kv_head, pages)
         if src == 0:
             return False
-        load_row(address(rows) + 4 * scratch, src, pages)
+        load_row(address(rows) + 4 * key, src, pages)
         for d in range(head_dim):
-            x = rows[scratch + d]
+            x = rows[key + d]
             if token == start:
-                rows[at_row + d] = x
+                rows[total + d] = x
                 if bounds:
-                    rows[at_row + head_dim + d] = x
-            elif bounds:
-                # a NaN stays: every comparison with it is false
-                if x > rows[at_row + d] or x != x:
                     rows[at_row + d] = x
-                if x < rows[at_row + head_dim + d] or x != x:
                     rows[at_row + head_dim + d] = x
             else:
-                rows[at_row + d] += x
-    if not bounds:
-        share = np.float32(1.0) / np.float32(max(1, last - start))
-        for d in range(head_dim):
-            rows[at_row + d] *= share
+                rows[total + d] += x
+                # a NaN stays: every comparison with it is false
+                if bounds and (x > rows[at_row + d] or x != x):
+                    rows[at_row + d] = x
+                if bounds and (x < rows[at_row + head_dim + d] or x != x):
+                    rows[at_row + head_dim + d] = x
+    share = np.float32(1.0) / np.float32(max(1, last - start))
+    for d in range(head_dim):
+        mean = rows[total + d] * share
+        if not bounds:
+            rows[at_row + d] = mean
+        elif spread != 1.0:
+            rows[at_row + d] = mean + spread * (rows[at_row + d] - mean)
+            rows[at_row + head_dim + d] = mean + spread * (rows[at_row + head_dim + d] - mean)
     return True
 
 
 @compiled
 def _worker(state, n_tasks, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-            table, pages, everything, turned, rows, ints):  # fmt: skip
+            spread, table, pages, everything, turned, rows, ints):  # fmt: skip
     n_kv_heads, n_chunks = scores.shape
     at_table, at_pages = address(table), address(pages)
     done = address(settings) + 8 * _DONE
@@ -223,10 +230,12 @@ def _worker(state, n_tasks, scores, starts, where, tiles, cos, sin, coarse_cos, 
         last = min(first + TILE, n_chunks)
         if tiles.shape[3] == 1:
             good = _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos,
-                        coarse_sin, settings, at_table, at_pages, everything, turned, rows)  # fmt: skip
+                        coarse_sin, settings, spread, at_table, at_pages, everything, turned,
+                        rows)  # fmt: skip
         else:
             good = _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos,
-                         coarse_sin, settings, at_table, at_pages, everything, turned, rows, ints)  # fmt: skip
+                         coarse_sin, settings, spread, at_table, at_pages, everything, turned, rows,
+                         ints)  # fmt: skip
         if not good:
             state[FAILED] = 1
         take_ticket(done)
@@ -277,7 +286,7 @@ def _turn_all(kv_head, distance, tiles, cos, sin, coarse_cos, coarse_sin, bounds
 
 @compiled
 def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-         table, pages, everything, turned, rows):  # fmt: skip
+         spread, table, pages, everything, turned, rows):  # fmt: skip
     """One query per head: [chunk][width] logits of up to four heads at a time."""
     n_kv_heads, end, bounds = settings[_N_HEADS], settings[_END], settings[_BOUNDS] == 1
     n_rows, head_dim = tiles.shape[1], tiles.shape[2]
@@ -287,7 +296,7 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
     softmax = settings[_SOFTMAX] == 1
     n_chunks = starts.shape[1]
     distance, queries = np.int64(-1), np.int64(0)
-    out_of_rows = (len(rows) - head_dim) // 8 * 8 - 8 * WIDTH
+    out_of_rows = (len(rows) - 2 * head_dim) // 8 * 8 - 8 * WIDTH
     c = first
     while c < last:
         start = starts[sel, c]
@@ -306,7 +315,7 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
         src = _entry(start, end, kv_head, n_kv_heads, table)
         kind, row_bytes, n = peek(table, _KIND), entry_bytes, 1
         if src == 0:
-            if not _summarise(rows, 0, start, end, chunk, kv_head, head_dim, bounds, pages):
+            if not _summarise(rows, 0, start, end, chunk, kv_head, head_dim, bounds, spread, pages):
                 return False
             src, kind, row_bytes = address(rows), 0, 4 * n_dims
         else:
@@ -360,7 +369,7 @@ def _blank(kv_head, first, last, n_rows, n_chunks, everything):
 
 @compiled
 def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-          table, pages, everything, turned, rows, ints):  # fmt: skip
+          spread, table, pages, everything, turned, rows, ints):  # fmt: skip
     """Many queries: tiles of 6 chunks and 16 queries."""
     n_kv_heads, end, bounds = settings[_N_HEADS], settings[_END], settings[_BOUNDS] == 1
     n_tiles, head_dim = tiles.shape[1], tiles.shape[2]
@@ -370,7 +379,7 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
     softmax = settings[_SOFTMAX] == 1
     n_lanes = n_tiles * LANES
     distance, queries = np.int64(-1), np.int64(0)
-    results = (len(rows) - head_dim) // 8 * 8 - LANES * ROWS
+    results = (len(rows) - 2 * head_dim) // 8 * 8 - LANES * ROWS
     for i in range(ROWS):
         ints[i] = address(rows) + 4 * i * n_dims
     c = first
@@ -402,7 +411,7 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
             if src != 0:
                 _load_entry(address(rows) + 4 * n * n_dims, src, n_dims, peek(table, _KIND))
             elif not _summarise(rows, n * n_dims, starts[sel, c + n], end, chunk, kv_head, head_dim, bounds,
-                                pages):  # fmt: skip
+                                spread, pages):  # fmt: skip
                 return False
             n += 1
         for i in range(n, ROWS):
@@ -439,7 +448,7 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
 def _shares(kv_head, starts, scores, settings, everything, tiles, rows):
     """Softmax over the chunks for every query row; a chunk gets the largest of its shares."""
     n_chunks = len(starts)
-    at_ends = (len(rows) - tiles.shape[2]) // 8 * 8 - LANES * ROWS
+    at_ends = (len(rows) - 2 * tiles.shape[2]) // 8 * 8 - LANES * ROWS
     top, total = address(rows) + 4 * at_ends, address(rows) + 4 * (at_ends + LANES)
     for c in range(n_chunks):
         scores[kv_head, c] = 0.0

@@ -105,8 +105,8 @@ def plan_tail(
     """The means that stand for what entered the last stage and was not kept; None if nothing is left.
 
     A mean covers `policy.tail` tokens (a cell) and counts for those of them that were not selected, if
-    all of them are outside the window of the block's first query. Streaming: means are numbered one
-    after the other from where the selected tokens begin; else each stands at its cell's middle.
+    all of them are outside the window of the block's first query. Streaming: all means stand where the
+    selected tokens begin; else each stands at its cell's middle.
     """
     cell_tokens, chunk = policy.tail, policy.block_tokens
     entered = selection.inputs[-1] if len(policy.stages) > 1 else None
@@ -132,16 +132,16 @@ def plan_tail(
     for head, (cell, weight) in enumerate(zip(cells, weights, strict=True)):
         runs[head, : len(cell)], counts[head, : len(cell)] = cell, weight
     n_bases = len(base)
-    renumbered = policy.attend_rope == "streaming"
-    group = TAIL_GROUP if renumbered else 1
+    streaming = policy.attend_rope == "streaming"
+    group = TAIL_GROUP if streaming else 1
     sizes = _sizes(n_most, group)
     first = np.arange(0, n_most, group)
-    if renumbered:
-        key_starts = (policy.sink + first)[:, None].repeat(n_bases, axis=1)
+    if streaming:
+        key_starts = np.full((len(first), n_bases), policy.sink)
     else:
         middle = runs[:, first].T * cell_tokens + cell_tokens // 2
         key_starts = np.broadcast_to(middle, (len(first), n_bases)).clip(min=0)
-    part = _Part(_TAIL, runs, 1, sizes, np.ascontiguousarray(key_starts), renumbered)
+    part = _Part(_TAIL, runs, 1, sizes, np.ascontiguousarray(key_starts), FIXED if streaming else 0)
     joined = _join([part], base, page_tokens // cell_tokens, group)
     return replace(joined, run_weights=_by_segment(counts, group))
 

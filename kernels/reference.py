@@ -107,8 +107,8 @@ def tail_attention(
     """The estimate of what entered the last stage and was not kept: out [H, Tq, D], lse [H, Tq].
 
     Each cell of `policy.tail` tokens outside the window of the first query is one key and value, their
-    means, with weight = tokens of its chunks that entered and were not kept. Streaming: cells are
-    numbered from where the selected tokens begin; else a cell stands at its middle.
+    means, with weight = tokens of its chunks that entered and were not kept. Streaming: all stand
+    where the selected tokens begin; else a cell stands at its middle.
     """
     n_queries, n_kv_heads = q.shape[1], k.shape[0]
     out, lse = torch.zeros(q.shape), torch.full(q.shape[:2], -torch.inf)
@@ -128,7 +128,7 @@ def tail_attention(
         values = torch.stack([v[kv_head, span].mean(dim=0) for span in spans])
         n_selected = len(blocks[mine]) * policy.block_tokens
         base = max(0, q_start - policy.window - policy.sink - n_selected + 1)
-        position = base + policy.sink + torch.arange(len(cells))
+        position = torch.full((len(cells),), base + policy.sink)
         if policy.attend_rope == "none":
             base, position = 0, torch.tensor(cells) * policy.tail + policy.tail // 2
         query = torch.arange(q_start, q_start + n_queries) - base

@@ -127,7 +127,8 @@ def summary_scores(
     (or the right side's, or the chunk's index). q [G, Tq, D], k [T, D] -> [G * Tp, C].
 
     mean: q . mean key. bounds: sum over dims of max(q * min key, q * max key), an upper bound of
-    every dot product in the chunk; the query is turned back by the key's position.
+    every dot product in the chunk unless `spread` draws both towards the mean; the query is turned
+    back by the key's position.
     """
     query, key = positions(tokens, q_start, q.shape[1], policy)
     pooled = pooled_queries(q, query, stage.query_stride, rope)
@@ -138,7 +139,9 @@ def summary_scores(
         if stage.scorer == "mean":
             scores[:, c] = (turned @ live.mean(dim=0)).flatten()
         else:
-            low, high = turned * live.amin(dim=0), turned * live.amax(dim=0)
+            mean = live.mean(dim=0)
+            low, high = (mean + stage.spread * (x - mean) for x in (live.amin(dim=0), live.amax(dim=0)))
+            low, high = turned * low, turned * high
             scores[:, c] = torch.maximum(low, high).sum(dim=-1).flatten()
     return scores
 

@@ -18,7 +18,7 @@ from .selection import (
     rotate_queries,
     stage_positions,
 )
-from .summaries import Summaries, SummaryKind, chunk_summaries
+from .summaries import Summaries, chunk_summaries, table_of
 
 try:
     from . import cpu_search, cpu_summaries
@@ -138,8 +138,7 @@ def _summary(
     """Scores by summaries, which stand at one position (the chunk's middle token), made from the keys:
     [Hkv, G * Tp, C]."""
     n_kv_heads = view.n_kv_heads
-    kind: SummaryKind = "mean" if stage.scorer == "mean" else "bounds"
-    summaries = chunk_summaries(kind, view, starts.expand(n_kv_heads, -1), stage.chunk, end)
+    summaries = chunk_summaries(table_of(stage), view, starts.expand(n_kv_heads, -1), end)
     position = torch.ones_like(starts) if positions.per_side else positions.key_base
     if positions.per_token:
         position = position + (end - starts).clamp(max=stage.chunk) // 2

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.stage import LayerPolicy
+from ..core.stage import LayerPolicy, Stage
 from .paged import PagedKV, gather_blocks
 
 SummaryKind = Literal["bounds", "mean", "tail"]
-TableName = tuple[SummaryKind, int]
-"""(kind, tokens per summary)"""
+TableName = tuple[SummaryKind, int, float]
+"""(kind, tokens per summary, spread of bounds)"""
 PIECE_TOKENS = 1 << 16
 """Tokens summarised at once: bounds the float32 copy of their keys."""
 
@@ -49,10 +49,21 @@ def tables_of(policy: LayerPolicy) -> tuple[TableName, ...]:
     names: list[TableName] = []
     for stage in policy.stages:
         if stage.scorer != "search":
-            names.append(("mean" if stage.scorer == "mean" else "bounds", stage.chunk))
+            names.append(table_of(stage))
     if policy.tail:
-        names.append(("tail", policy.tail))
+        names.append(tail_table(policy.tail))
     return tuple(dict.fromkeys(names))
+
+
+def table_of(stage: Stage) -> TableName:
+    """The table of a stage that scores summaries."""
+    if stage.scorer == "mean":
+        return ("mean", stage.chunk, 1.0)
+    return ("bounds", stage.chunk, stage.spread)
+
+
+def tail_table(tail: int) -> TableName:
+    return ("tail", tail, 1.0)
 
 
 def per_page_of(chunk: int, page_tokens: int) -> int:
@@ -63,7 +74,7 @@ def per_page_of(chunk: int, page_tokens: int) -> int:
 def table_shape(
     name: TableName, n_slots: int, n_kv_heads: int, page_tokens: int, head_dim: int
 ) -> tuple[int, ...]:
-    kind, chunk = name
+    kind, chunk, _ = name
     n = per_page_of(chunk, page_tokens)
     if kind == "tail":
         return (n_slots, n_kv_heads, 2, n, head_dim)
@@ -77,30 +88,35 @@ def table_dtype(kind: SummaryKind, kv_dtype: torch.dtype) -> torch.dtype:
     return torch.float16 if kv_dtype == torch.int8 else kv_dtype
 
 
-def summarise(kind: SummaryKind, keys: Tensor, sizes: Tensor) -> Tensor:
+def summarise(kind: SummaryKind, keys: Tensor, sizes: Tensor, spread: float = 1.0) -> Tensor:
     """Summaries of runs of keys (or of values, for their means).
 
     keys: [Hkv, n, chunk, D] float32, of which the first sizes [Hkv, n] of each run count.
-    Returns [Hkv, n, 2, D] (maximum, minimum) for "bounds", else the mean [Hkv, n, 1, D]. Runs of
-    size 0 give zeros.
+    Returns [Hkv, n, 2, D] (maximum, minimum, both drawn towards the mean if spread is less than 1) for
+    "bounds", else the mean [Hkv, n, 1, D]. Runs of size 0 give zeros.
     """
     counted = (torch.arange(keys.shape[2]) < sizes[..., None])[..., None]
+    total = keys.masked_fill(~counted, 0.0).sum(dim=2)
+    mean = (total / sizes.clamp(min=1)[..., None])[:, :, None]
     if kind != "bounds":
-        total = keys.masked_fill(~counted, 0.0).sum(dim=2)
-        return (total / sizes.clamp(min=1)[..., None])[:, :, None]
+        return mean
     low = keys.masked_fill(~counted, torch.inf).amin(dim=2)
     high = keys.masked_fill(~counted, -torch.inf).amax(dim=2)
-    return torch.stack((high, low), dim=2).masked_fill((sizes == 0)[..., None, None], 0.0)
+    both = torch.stack((high, low), dim=2)
+    if spread != 1.0:
+        both = mean + spread * (both - mean)
+    return both.masked_fill((sizes == 0)[..., None, None], 0.0)
 
 
 def chunk_summaries(
-    kind: SummaryKind, view: PagedKV, starts: Tensor, chunk: int, end: int
+    name: TableName, view: PagedKV, starts: Tensor, end: int
 ) -> Tensor:
     """Summaries of the chunks at starts [Hkv, n] (-1 = padding), each cut at token `end`, from their
     keys: [Hkv, n, 2 or 1, D]."""
+    kind, chunk, spread = name
     sizes = (end - starts).clamp(min=0, max=chunk).masked_fill(starts < 0, 0)
     keys = gather_blocks(view, starts, chunk).unflatten(1, (-1, chunk))
-    return summarise(kind, keys, sizes)
+    return summarise(kind, keys, sizes, spread)
 
 
 def page_summaries(
@@ -111,7 +127,7 @@ def page_summaries(
     Returns the first page that gets one and [n_pages, Hkv, ...] as `table_shape` says. Chunks longer
     than a page come with their last page: only these pages are returned, `step` apart (see `put`).
     """
-    kind, chunk = name
+    kind, chunk, _ = name
     page_tokens, n_heads = view.page_tokens, view.n_kv_heads
     step = max(1, chunk // page_tokens)
     # the chunks whose last page is among these
@@ -123,7 +139,7 @@ def page_summaries(
     n_piece = max(1, PIECE_TOKENS // (chunk * per_page)) * per_page
     for i in range(0, starts.shape[1], n_piece):
         part = starts[:, i : i + n_piece]
-        made = chunk_summaries(kind, view, part, chunk, view.n_tokens)
+        made = chunk_summaries(name, view, part, view.n_tokens)
         if kind == "tail":
             values = gather_blocks(view, part, chunk, "v").unflatten(1, (-1, chunk))
             made = torch.cat((made, values.mean(dim=2, keepdim=True)), dim=2)
@@ -173,7 +189,7 @@ def _pages_at_once(chunk: int, page_tokens: int) -> int:
 
 def check_tables(names: Iterable[TableName], page_tokens: int, sink: int) -> str | None:
     """Why summaries of these sizes cannot lie in pages' slots; None if they can."""
-    for kind, chunk in names:
+    for kind, chunk, _ in names:
         if (page_tokens % chunk and chunk % page_tokens) or sink % chunk:
             return (
                 f"{kind} summaries of {chunk} tokens: they must divide page_tokens ({page_tokens}) or be "

@@ -79,7 +79,7 @@ class SummaryIndex:
         if first < n_pages:
             self._pool.fill(layer, view, slots, versions, first, n_pages)
             # a summary of several pages is made with its last one
-            longest = max(1, max(c for _, c in self._pool.names[layer]) // self._page_tokens)
+            longest = max(1, max(name[1] for name in self._pool.names[layer]) // self._page_tokens)
             made = range(first // longest * longest, n_pages)
         here[layer] = max(first, n_pages)
         return self._pool.summaries(layer, slots, here[layer]), made

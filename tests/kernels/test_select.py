@@ -101,6 +101,25 @@ def test_summary_scorers_equal_the_specification(
         compare(torch.randn(4, n_queries, 32), q_start, k, view, policy, rope(32))
 
 
+@pytest.mark.parametrize("n_queries", [64, 1])
+@pytest.mark.parametrize("spread", [0.4, 0.05])
+def test_spread_equals_the_specification(path, paged, rope, n_queries, spread):
+    """From the keys, and from tables of float32."""
+    k, v = torch.randn(2, 2, 1500, 64).unbind(0)
+    view, k, _ = paged(k, v, 64)
+    stages = [s.model_copy(update={"spread": spread}) for s in chain(scorer="bounds")]
+    stages[2] = stages[2].model_copy(update={"scorer": "bounds"})
+    policy = policy_of("clamped", tuple(stages), sink=64, select_span=300)
+    q, q_start, rotary = torch.randn(6, n_queries, 64), 1500 - n_queries, rope(64)
+    compare(q, q_start, k, view, policy, rotary)
+    got = select_blocks(q, q_start, view, policy, rotary)
+    ready = summarise_pages(view, policy)
+    again = select_blocks(q, q_start, view, policy, rotary, summaries=ready)
+    assert torch.equal(again.blocks, got.blocks)
+    whole = policy.model_copy(update={"stages": chain(scorer="bounds")})
+    assert not torch.equal(select_blocks(q, q_start, view, whole, rotary).blocks, got.blocks)
+
+
 @pytest.mark.parametrize("variant", ["paper", "authors"])
 @pytest.mark.parametrize("reduce", ["max", "softmax"])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.5, 0.97, 1.0])
