@@ -11,7 +11,7 @@ from torch import Tensor
 from .cpu_compile import compiled
 from .cpu_pages import address
 from .cpu_pool import POOL
-from .cpu_tiles import dots_1x1, dots_2x2
+from .cpu_products import SUMS_FLOATS, products
 from .cpu_wait import leave, take_ticket
 
 SHARED_BYTES = 1 << 20
@@ -30,51 +30,34 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
         bias.detach().numpy() if bias is not None else np.zeros(1, dtype=np.float32),
         has_bias, out.numpy(), per_task,
     )  # fmt: skip
-    if n_out * n_in * 4 < SHARED_BYTES or POOL.n_workers == 1:
-        _rows(*arguments, 0, n_out)
-        return
     with POOL.lock:
-        POOL.run(_worker, arguments, n_tasks)
+        sums = POOL.scratch("linear", (SUMS_FLOATS,))
+        if n_out * n_in * 4 < SHARED_BYTES or POOL.n_workers == 1:
+            _rows(*arguments, 0, n_out, sums[0])
+        else:
+            POOL.run(_worker, arguments, n_tasks, (sums,))
 
 
 @compiled
-def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task):
+def _worker(state, n_tasks, x, w, bias, has_bias, out, per_task, sums):
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
             leave(address(state))
             return
         first = task * per_task
-        _rows(x, w, bias, has_bias, out, per_task, first, min(first + per_task, w.shape[0]))
+        last = min(first + per_task, w.shape[0])
+        _rows(x, w, bias, has_bias, out, per_task, first, last, sums)
 
 
 @compiled
-def _rows(x, w, bias, has_bias, out, per_task, first, last):
-    """Outputs [first, last) of all rows; a weight row is read once for up to 8 rows of x."""
+def _rows(x, w, bias, has_bias, out, per_task, first, last, sums):
+    """Outputs [first, last) of all rows."""
     n_rows, n_in = x.shape
     n_out = w.shape[0]
-    at_out, at_weights = address(out), address(w)
-    for r0 in range(0, n_rows, 8):
-        stop = min(r0 + 8, n_rows)
-        j = first
-        while j < last:
-            # one row streams best alone; with several, two weight rows share the loads of x
-            step = 2 if stop - r0 >= 2 and last - j >= 2 else 1
-            at_w = at_weights + 4 * j * n_in
-            i = r0
-            while i < stop:
-                at_x = address(x) + 4 * i * n_in
-                at = at_out + 4 * (i * n_out + j)
-                if step == 2 and stop - i >= 2:
-                    dots_2x2(at, n_out, at_x, n_in, at_w, n_in, n_in)
-                    i += 2
-                else:
-                    dots_1x1(at, n_out, at_x, n_in, at_w, n_in, n_in)
-                    if step == 2:
-                        dots_1x1(at + 4, n_out, at_x, n_in, at_w + 4 * n_in, n_in, n_in)
-                    i += 1
-            if has_bias:
-                for k in range(j, j + step):
-                    for i in range(r0, stop):
-                        out[i, k] += bias[k]
-            j += step
+    at, at_w = address(out) + 4 * first, address(w) + 4 * first * n_in
+    products(at, n_out, address(x), n_in, n_rows, at_w, last - first, n_in, address(sums))
+    if has_bias:
+        for i in range(n_rows):
+            for k in range(first, last):
+                out[i, k] += bias[k]

@@ -10,6 +10,7 @@ Scratch is kept between calls, because fresh megabytes cost page faults.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,7 +127,7 @@ class Pool:
     def scratch(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
         """A kept buffer [n_workers, *shape] with old contents. Under `lock`."""
         shape = (self.n_workers, *shape)
-        n_items = int(np.prod(shape))
+        n_items = math.prod(shape)
         buffer = self._scratch.get(name)
         if buffer is None or buffer.size < n_items or buffer.dtype != dtype:
             buffer = np.zeros(n_items, dtype=dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .append import append_tokens
 from .attend import attend_block, attend_segments, mass_kept, merge_partials, tail_view
-from .block import BlockStep, has_block_kernel
+from .block import BlockRows, BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .decode import PreparedDecode
+from .delta import delta_correction
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
 from .plan import base_of, good_until, plan_attend, plan_tail
@@ -29,6 +30,7 @@ from .warm import warm_up
 __all__ = [
     "AfterAttention",
     "BeforeAttention",
+    "BlockRows",
     "BlockStep",
     "Norm",
     "PagedKV",
@@ -46,6 +48,7 @@ __all__ = [
     "base_of",
     "candidate_end",
     "check_tables",
+    "delta_correction",
     "gather_blocks",
     "gather_tokens",
     "good_until",

@@ -8,6 +8,8 @@ import torch
 
 from ..core.stage import LayerPolicy, Stage
 from .attend import attend_segments, merge_partials
+from .block import BlockRows, BlockStep, has_block_kernel
+from .block_weights import Norm
 from .linear import linear_rows
 from .paged import PagedKV
 from .plan import plan_attend
@@ -36,4 +38,8 @@ def warm_up() -> float:
         merge_partials(*attend_segments(q, q_start, view, segments, policy, rope, 1.0))
     linear_rows(torch.zeros(2, 16), torch.zeros(3, 16), torch.zeros(3))
     linear_rows(torch.zeros(1, 1024), torch.zeros(1024, 1024))  # large enough for all threads
+    if has_block_kernel():
+        # all its phases are one compiled function
+        block = BlockStep(None, Norm(torch.ones(16), 1e-6))
+        block.run(BlockRows(1, [block]))
     return time.monotonic() - started
