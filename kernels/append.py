@@ -45,11 +45,9 @@ def append_tokens(
     if cpu_append is not None and leaves.is_contiguous():
         raw = leaves.view(RAW[dtype]).numpy()
         most = np.float32(_MOST[dtype])
-        return int(
-            cpu_append.append(
-                raw, KINDS[dtype], slots, offsets, k.detach().numpy(), v.detach().numpy(), most
-            )
-        )
+        # contiguous, so that there is one compiled variant
+        arrays = (np.ascontiguousarray(x) for x in (slots, offsets, k.detach(), v.detach()))
+        return int(cpu_append.append(raw, KINDS[dtype], *arrays, most))
     return append_torch(leaves, slots, offsets, k, v)
 
 

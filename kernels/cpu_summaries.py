@@ -4,9 +4,6 @@ The bound of a chunk is the sum over dimensions of max(q * high, q * low), which
 (high, low) with (positive part of q, negative part of q): one kernel serves `bounds` and `mean`.
 """
 
-# compiled functions take their types from what they are called with
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import math
@@ -16,35 +13,19 @@ import torch
 from torch import Tensor
 
 from ..core.stage import LayerPolicy, Stage
-from .cpu_compile import compiled
 from .cpu_ir import LANES
-from .cpu_memory import (
-    join_angles,
-    load_bfloat16,
-    load_float16,
-    load_float32,
-    peek,
-    rotate_float32,
-    split_signs,
-    turn_tile,
-)
-from .cpu_pages import KEY, address, as_pages, load_row, page_address
+from .cpu_pages import as_pages
 from .cpu_pool import POOL
 from .cpu_query import query_tiles
 from .cpu_stored import LANES as WIDTH
-from .cpu_stored import plain_dots, softmax_1, softmax_2, softmax_4
-from .cpu_tiles import ROWS, max_dot_6, softmax_columns, tile_6
-from .cpu_wait import FAILED, leave, take_ticket, wait_until
+from .cpu_summary_scores import TILE, worker
+from .cpu_tiles import ROWS
 from .paged import PagedKV, absent_page
-from .rope import FINE, Rope
+from .rope import Rope
 from .selection import StagePositions
 from .summaries import Summaries, TableName, check_tables, per_page_of, table_of
 
-TILE = 96
-"""Chunks of one task."""
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_BASE, _SLOTS, _READY, _PER_PAGE, _CHUNK, _PAGE_TOKENS, _ENTRY_BYTES, _KIND = range(8)
-_N_HEADS, _N_ROWS, _END, _BOUNDS, _SOFTMAX, _DONE, _MERGE, _Q_REF = range(8)
 
 
 def summary_scores(
@@ -66,7 +47,7 @@ def summary_scores(
     pages = as_pages(view)
     if pages is None or rope.head_dim != view.head_dim:
         return None
-    n_heads, _, head_dim = q.shape
+    head_dim = q.shape[2]
     n_kv_heads, n_chunks = view.n_kv_heads, starts.shape[1]
     where, reference = _distances(positions, stage.chunk, starts, end)
     reach = int(where.max(initial=0)) + 1
@@ -83,7 +64,7 @@ def summary_scores(
     table, book, held = _table(summaries, name, view, stage.chunk)
     bounds = stage.scorer == "bounds"
     n_rows = tiles.shape[1] * tiles.shape[3]
-    settings = np.array([n_kv_heads, n_rows, end, bounds, softmax, 0, 0, n_heads], dtype=np.int64)
+    settings = np.array([n_kv_heads, n_rows, end, bounds, softmax, 0, 0], dtype=np.int64)
     scores = torch.empty(n_kv_heads, n_chunks)
     n_dims = head_dim * (2 if bounds else 1)
     width = 4 if n_rows >= 3 else n_rows
@@ -101,7 +82,7 @@ def summary_scores(
             "summary-k", ((ROWS + 2) * max(n_dims, 2 * head_dim) + 8 * LANES * ROWS,)
         )
         ints = POOL.scratch("summary-i", (ROWS,), np.int64)
-        if POOL.run(_worker, arguments, n_tasks, (turned, rows, ints)):
+        if POOL.run(worker, arguments, n_tasks, (turned, rows, ints)):
             raise absent_page(view)
     del held
     return scores
@@ -126,7 +107,7 @@ def _distances(
 def _table(
     summaries: Summaries | None, name: TableName, view: PagedKV, chunk: int
 ) -> tuple[Tensor | None, np.ndarray, object]:
-    """The table and its book for compiled code: see the constants above."""
+    """The table and its book for compiled code: see `cpu_summary_scores`."""
     table = None if summaries is None else summaries.tables.get(name)
     page_tokens = view.page_tokens
     if table is None or summaries is None:
@@ -147,347 +128,3 @@ def _table(
         dtype=np.int64,
     )
     return table, book, (table, slots)
-
-
-@compiled
-def _entry(start, end, kv_head, n_kv_heads, table):
-    """Address of a chunk's ready summary, 0 if it has none (it is cut, or not filled in)."""
-    chunk = peek(table, _CHUNK)
-    if start + chunk > end or start + chunk > peek(table, _READY):
-        return 0
-    page_tokens = peek(table, _PAGE_TOKENS)
-    page = (start + chunk - 1) // page_tokens
-    slot = peek(peek(table, _SLOTS), page)
-    per_page = peek(table, _PER_PAGE)
-    index = (start - page * page_tokens) // chunk if per_page > 1 else 0
-    return peek(table, _BASE) + ((slot * n_kv_heads + kv_head) * per_page + index) * peek(
-        table, _ENTRY_BYTES
-    )
-
-
-@compiled
-def _load_entry(dst, src, n, kind):
-    if kind == 0:
-        load_float32(dst, src, n)
-    elif kind == 1:
-        load_float16(dst, src, n)
-    else:
-        load_bfloat16(dst, src, n)
-
-
-@compiled
-def _summarise(rows, at_row, start, end, chunk, kv_head, head_dim, bounds, spread, pages):
-    """A summary from the keys of [start, min(start + chunk, end)) into rows[at_row:]; False if absent.
-
-    The last 2 * head_dim floats of rows are scratch.
-    """
-    key = len(rows) - head_dim
-    total = key - head_dim
-    last = min(start + chunk, end)
-    for token in range(start, last):
-        src = page_address(token, KEY, kv_head, pages)
-        if src == 0:
-            return False
-        load_row(address(rows) + 4 * key, src, pages)
-        for d in range(head_dim):
-            x = rows[key + d]
-            if token == start:
-                rows[total + d] = x
-                if bounds:
-                    rows[at_row + d] = x
-                    rows[at_row + head_dim + d] = x
-            else:
-                rows[total + d] += x
-                # a NaN stays: every comparison with it is false
-                if bounds and (x > rows[at_row + d] or x != x):
-                    rows[at_row + d] = x
-                if bounds and (x < rows[at_row + head_dim + d] or x != x):
-                    rows[at_row + head_dim + d] = x
-    share = np.float32(1.0) / np.float32(max(1, last - start))
-    for d in range(head_dim):
-        mean = rows[total + d] * share
-        if not bounds:
-            rows[at_row + d] = mean
-        elif spread != 1.0:
-            rows[at_row + d] = mean + spread * (rows[at_row + d] - mean)
-            rows[at_row + head_dim + d] = mean + spread * (rows[at_row + head_dim + d] - mean)
-    return True
-
-
-@compiled
-def _worker(state, n_tasks, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-            spread, table, pages, everything, turned, rows, ints):  # fmt: skip
-    n_kv_heads, n_chunks = scores.shape
-    at_table, at_pages = address(table), address(pages)
-    done = address(settings) + 8 * _DONE
-    softmax = settings[_SOFTMAX] == 1
-    while True:
-        task = take_ticket(address(state))
-        if task >= n_tasks:
-            break
-        kv_head = task % n_kv_heads
-        first = task // n_kv_heads * TILE
-        last = min(first + TILE, n_chunks)
-        if tiles.shape[3] == 1:
-            good = _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos,
-                        coarse_sin, settings, spread, at_table, at_pages, everything, turned,
-                        rows)  # fmt: skip
-        else:
-            good = _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos,
-                         coarse_sin, settings, spread, at_table, at_pages, everything, turned, rows,
-                         ints)  # fmt: skip
-        if not good:
-            state[FAILED] = 1
-        take_ticket(done)
-    if softmax:
-        while not wait_until(done, n_tasks, 100):
-            pass
-        while True:
-            kv_head = take_ticket(address(settings) + 8 * _MERGE)
-            if kv_head >= n_kv_heads:
-                break
-            mine = starts[kv_head * starts.shape[0] // n_kv_heads]
-            _shares(kv_head, mine, scores, settings, everything, tiles, rows)
-    leave(address(state))
-
-
-@compiled
-def _turn(dst, src, distance, tile, half, cos, sin, coarse_cos, coarse_sin, angle):
-    """One query, or one tile of 16, rotated by a distance."""
-    at_cos = cos + 4 * (distance % FINE) * half
-    at_sin = sin + 4 * (distance % FINE) * half
-    if distance >= FINE:
-        join_angles(angle, half, at_cos, at_sin, coarse_cos + 4 * (distance // FINE) * half,
-                    coarse_sin + 4 * (distance // FINE) * half)  # fmt: skip
-        at_cos, at_sin = angle, angle + 4 * half
-    if tile:
-        turn_tile(dst, src, half, at_cos, at_sin)
-    else:
-        rotate_float32(dst, src, half, at_cos, at_sin)
-
-
-@compiled
-def _turn_all(kv_head, distance, tiles, cos, sin, coarse_cos, coarse_sin, bounds, turned):
-    """All queries of a KV head at a distance, in their positive and negative parts for bounds.
-
-    Returns the address of the result, laid out as the tiles.
-    """
-    n_tiles, head_dim, lanes = tiles.shape[1], tiles.shape[2], tiles.shape[3]
-    size = head_dim * lanes
-    angle = address(turned) + 4 * 3 * n_tiles * size
-    for i in range(n_tiles):
-        dst = address(turned) + 4 * i * size
-        _turn(dst, address(tiles[kv_head, i]), distance, lanes > 1, head_dim // 2, address(cos),
-              address(sin), address(coarse_cos), address(coarse_sin), angle)  # fmt: skip
-        if bounds:
-            split_signs(address(turned) + 4 * (n_tiles + 2 * i) * size, dst, size)
-    return address(turned) + (4 * n_tiles * size if bounds else 0)
-
-
-@compiled
-def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-         spread, table, pages, everything, turned, rows):  # fmt: skip
-    """One query per head: [chunk][width] logits of up to four heads at a time."""
-    n_kv_heads, end, bounds = settings[_N_HEADS], settings[_END], settings[_BOUNDS] == 1
-    n_rows, head_dim = tiles.shape[1], tiles.shape[2]
-    n_dims = 2 * head_dim if bounds else head_dim
-    sel = kv_head * starts.shape[0] // n_kv_heads
-    chunk, entry_bytes = peek(table, _CHUNK), peek(table, _ENTRY_BYTES)
-    softmax = settings[_SOFTMAX] == 1
-    n_chunks = starts.shape[1]
-    distance, queries = np.int64(-1), np.int64(0)
-    out_of_rows = (len(rows) - 2 * head_dim) // 8 * 8 - 8 * WIDTH
-    c = first
-    while c < last:
-        start = starts[sel, c]
-        if start < 0:
-            for i in range(c, last):
-                scores[kv_head, i] = -np.inf
-            if softmax:
-                _blank(kv_head, c, last, n_rows, n_chunks, everything)
-            return True
-        back = where[sel * where.shape[0] // starts.shape[0], c if where.shape[1] > 1 else 0]
-        if back != distance:
-            distance = back
-            queries = _turn_all(
-                kv_head, back, tiles, cos, sin, coarse_cos, coarse_sin, bounds, turned
-            )
-        src = _entry(start, end, kv_head, n_kv_heads, table)
-        kind, row_bytes, n = peek(table, _KIND), entry_bytes, 1
-        if src == 0:
-            if not _summarise(rows, 0, start, end, chunk, kv_head, head_dim, bounds, spread, pages):
-                return False
-            src, kind, row_bytes = address(rows), 0, 4 * n_dims
-        else:
-            # neighbours in one slot, at the same distance, are one run
-            while (
-                n < WIDTH
-                and c + n < last
-                and starts[sel, c + n] == start + n * chunk
-                and (
-                    where.shape[1] == 1
-                    or where[sel * where.shape[0] // starts.shape[0], c + n] == back
-                )
-                and _entry(start + n * chunk, end, kv_head, n_kv_heads, table)
-                == src + n * entry_bytes
-            ):
-                n += 1
-        h, at = 0, 0
-        for i in range(n):
-            scores[kv_head, c + i] = -np.inf
-        while h < n_rows:
-            m = min(4, n_rows - h)
-            width = 4 if m == 3 else m
-            out = address(rows) + 4 * out_of_rows
-            plain_dots(out, queries + 4 * h * n_dims, src, row_bytes, n, n_dims, 4 * kind + m - 1)
-            for i in range(n):
-                for g in range(m):
-                    x = rows[out_of_rows + i * width + g]
-                    if softmax:
-                        everything[kv_head, at + (c + i) * width + g] = x
-                    if x > scores[kv_head, c + i] or x != x:
-                        scores[kv_head, c + i] = x
-                if softmax and m == 3:
-                    everything[kv_head, at + (c + i) * width + 3] = -np.inf
-            h += m
-            at += (n_chunks + WIDTH) * width
-        c += n
-    return True
-
-
-@compiled
-def _blank(kv_head, first, last, n_rows, n_chunks, everything):
-    h, at = 0, 0
-    while h < n_rows:
-        m = min(4, n_rows - h)
-        width = 4 if m == 3 else m
-        for i in range(first * width, last * width):
-            everything[kv_head, at + i] = -np.inf
-        h += m
-        at += (n_chunks + WIDTH) * width
-
-
-@compiled
-def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-          spread, table, pages, everything, turned, rows, ints):  # fmt: skip
-    """Many queries: tiles of 6 chunks and 16 queries."""
-    n_kv_heads, end, bounds = settings[_N_HEADS], settings[_END], settings[_BOUNDS] == 1
-    n_tiles, head_dim = tiles.shape[1], tiles.shape[2]
-    n_dims = 2 * head_dim if bounds else head_dim
-    sel = kv_head * starts.shape[0] // n_kv_heads
-    chunk = peek(table, _CHUNK)
-    softmax = settings[_SOFTMAX] == 1
-    n_lanes = n_tiles * LANES
-    distance, queries = np.int64(-1), np.int64(0)
-    results = (len(rows) - 2 * head_dim) // 8 * 8 - LANES * ROWS
-    for i in range(ROWS):
-        ints[i] = address(rows) + 4 * i * n_dims
-    c = first
-    while c < last:
-        start = starts[sel, c]
-        if start < 0:
-            for i in range(c, last):
-                scores[kv_head, i] = -np.inf
-                if softmax:
-                    for lane in range(n_lanes):
-                        everything[kv_head, i * n_lanes + lane] = -np.inf
-            return True
-        back = where[sel * where.shape[0] // starts.shape[0], c if where.shape[1] > 1 else 0]
-        if back != distance:
-            distance = back
-            queries = _turn_all(
-                kv_head, back, tiles, cos, sin, coarse_cos, coarse_sin, bounds, turned
-            )
-        n = 0
-        while (
-            n < ROWS
-            and c + n < last
-            and starts[sel, c + n] >= 0
-            and (
-                where.shape[1] == 1 or where[sel * where.shape[0] // starts.shape[0], c + n] == back
-            )
-        ):
-            src = _entry(starts[sel, c + n], end, kv_head, n_kv_heads, table)
-            if src != 0:
-                _load_entry(address(rows) + 4 * n * n_dims, src, n_dims, peek(table, _KIND))
-            elif not _summarise(rows, n * n_dims, starts[sel, c + n], end, chunk, kv_head, head_dim, bounds,
-                                spread, pages):  # fmt: skip
-                return False
-            n += 1
-        for i in range(n, ROWS):
-            for d in range(n_dims):
-                rows[i * n_dims + d] = rows[d]
-        if softmax:
-            for t in range(n_tiles):
-                out = address(rows) + 4 * results
-                tile_6(
-                    out,
-                    LANES,
-                    address(rows),
-                    n_dims,
-                    1,
-                    queries + 4 * t * n_dims * LANES,
-                    LANES,
-                    n_dims,
-                    0,
-                )
-                for i in range(n):
-                    for lane in range(LANES):
-                        everything[kv_head, (c + i) * n_lanes + t * LANES + lane] = rows[
-                            results + i * LANES + lane
-                        ]
-        else:
-            max_dot_6(address(rows) + 4 * results, address(ints), queries, n_tiles, n_dims)
-            for i in range(n):
-                scores[kv_head, c + i] = rows[results + i]
-        c += n
-    return True
-
-
-@compiled
-def _shares(kv_head, starts, scores, settings, everything, tiles, rows):
-    """Softmax over the chunks for every query row; a chunk gets the largest of its shares."""
-    n_chunks = len(starts)
-    at_ends = (len(rows) - 2 * tiles.shape[2]) // 8 * 8 - LANES * ROWS
-    top, total = address(rows) + 4 * at_ends, address(rows) + 4 * (at_ends + LANES)
-    for c in range(n_chunks):
-        scores[kv_head, c] = 0.0
-    if tiles.shape[3] > 1:
-        n_lanes = tiles.shape[1] * LANES
-        for t in range(tiles.shape[1]):
-            at = address(everything[kv_head]) + 4 * t * LANES
-            softmax_columns(at, n_lanes, n_chunks, top, total)
-            for c in range(n_chunks):
-                for lane in range(LANES):
-                    x = (
-                        everything[kv_head, c * n_lanes + t * LANES + lane]
-                        / rows[at_ends + LANES + lane]
-                    )
-                    if x > scores[kv_head, c] or x != x:
-                        scores[kv_head, c] = x
-    else:
-        n_rows, h, at = tiles.shape[1], 0, 0
-        while h < n_rows:
-            m = min(4, n_rows - h)
-            width = 4 if m == 3 else m
-            n = n_chunks * width
-            padded = (n + WIDTH - 1) // WIDTH * WIDTH
-            for i in range(n, padded):
-                everything[kv_head, at + i] = -np.inf
-            s = address(everything[kv_head]) + 4 * at
-            if width == 4:
-                softmax_4(s, padded // WIDTH, top, total)
-            elif width == 2:
-                softmax_2(s, padded // WIDTH, top, total)
-            else:
-                softmax_1(s, padded // WIDTH, top, total)
-            for c in range(n_chunks):
-                for g in range(m):
-                    x = everything[kv_head, at + c * width + g] / rows[at_ends + LANES + g]
-                    if x > scores[kv_head, c] or x != x:
-                        scores[kv_head, c] = x
-            h += m
-            at += (n_chunks + WIDTH) * width
-    for c in range(n_chunks):
-        if starts[c] < 0:
-            scores[kv_head, c] = -np.inf

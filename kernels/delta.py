@@ -38,7 +38,13 @@ def delta_correction(
 
 
 def dense_query(
-    q: Tensor, position: int, view: PagedKV, n_kept: int, policy: LayerPolicy, rope: Rope, scale: float
+    q: Tensor,
+    position: int,
+    view: PagedKV,
+    n_kept: int,
+    policy: LayerPolicy,
+    rope: Rope,
+    scale: float,
 ) -> Tensor:
     """Attention of one query to all keys up to its own: q [H, 1, D] -> [H, 1, D]."""
     near = policy.sink + n_kept + policy.window

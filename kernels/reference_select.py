@@ -140,7 +140,9 @@ def summary_scores(
             scores[:, c] = (turned @ live.mean(dim=0)).flatten()
         else:
             mean = live.mean(dim=0)
-            low, high = (mean + stage.spread * (x - mean) for x in (live.amin(dim=0), live.amax(dim=0)))
+            low, high = (
+                mean + stage.spread * (x - mean) for x in (live.amin(dim=0), live.amax(dim=0))
+            )
             low, high = turned * low, turned * high
             scores[:, c] = torch.maximum(low, high).sum(dim=-1).flatten()
     return scores

@@ -108,9 +108,7 @@ def summarise(kind: SummaryKind, keys: Tensor, sizes: Tensor, spread: float = 1.
     return both.masked_fill((sizes == 0)[..., None, None], 0.0)
 
 
-def chunk_summaries(
-    name: TableName, view: PagedKV, starts: Tensor, end: int
-) -> Tensor:
+def chunk_summaries(name: TableName, view: PagedKV, starts: Tensor, end: int) -> Tensor:
     """Summaries of the chunks at starts [Hkv, n] (-1 = padding), each cut at token `end`, from their
     keys: [Hkv, n, 2 or 1, D]."""
     kind, chunk, spread = name

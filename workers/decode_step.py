@@ -85,18 +85,18 @@ class DecodeStep:
     def _attend(
         self, layer: int, row: Row, q: Tensor, position: int, plan: DecodePlan, scale: float
     ) -> Tensor:
-        flow, base = self._attention.flow, plan.segments.base
+        pages, base = self._attention.pages, plan.segments.base
         if plan.selection is not None:
             base = base_of(position, plan.selection, self._attention.policies[layer])
-        if plan.prepared is None or not flow.touch_again(layer, row, plan.slots, plan.version):
-            if not flow.touch(layer, row, plan.leaves):
-                if not flow.fits(layer, plan.leaves):
+        if plan.prepared is None or not pages.touch_again(layer, row, plan.slots, plan.version):
+            if not pages.touch(layer, row, plan.leaves):
+                if not pages.fits(layer, plan.leaves):
                     segments = replace(plan.segments, base=base)
                     return self._attention.attend(
                         layer, row, q, position, segments, plan.leaves, scale, plan.tail
                     )
-                flow.make_resident(layer, row, plan.leaves)
-            plan.slots, plan.version = flow.slots_of(layer, plan.leaves)
+                pages.make_resident(layer, row, plan.leaves)
+            plan.slots, plan.version = pages.slots_of(layer, plan.leaves)
             plan.prepared = self._attention.prepare(
                 layer, row, position, plan.segments, plan.tail, scale
             )
@@ -138,7 +138,7 @@ class DecodeStep:
     ) -> None:
         attention = self._attention
         started = time.monotonic()
-        view = attention.flow.selection_view(layer, row, position + 1)
+        view = attention.pages.selection_view(layer, row, position + 1)
         head = position % q.shape[0]
         policy, rope = attention.policies[layer], attention.rope
         row.stats.mass_kept_sum += mass_kept(q, position, view, segments, policy, rope, scale, head)

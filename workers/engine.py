@@ -31,7 +31,8 @@ from .decode_step import DecodeStep
 from .detokenizer import Detokenizer
 from .layer_attention import LayerAttention
 from .model import ModelAdapter
-from .page_flow import PageFlow, PageLost
+from .page_flow import PageFlow
+from .page_reader import PageLost
 from .prefill_step import PrefillStep
 from .row import Row, RowRequest, RowState
 from .sampling import sample
@@ -335,7 +336,7 @@ class Engine:
             self._finish(row, "length")
 
     def _finish(self, row: Row, reason: str) -> None:
-        row.stats.pages_device = self.flow.pages_on_device(row)
+        row.stats.pages_device = self.flow.reader.pages_on_device(row)
         payload = {
             "finish_reason": reason,
             "text": row.text.text if row.text else "",

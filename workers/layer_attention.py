@@ -48,6 +48,7 @@ class LayerAttention:
     ) -> None:
         self._n_heads = n_heads
         self.flow = flow
+        self.pages = flow.reader
         self.policies = policies
         self.rope = rope
         self._index = index
@@ -76,7 +77,7 @@ class LayerAttention:
             return previous  # most decode steps: no view of the pages is needed
         started = time.monotonic()
         while True:
-            view = self.flow.selection_view(layer, row, n_appended)
+            view = self.pages.selection_view(layer, row, n_appended)
             coarse = self._index.coarse(layer, row, q, q_start, view) if level == 0 else None
             ready = self._summaries(layer, row, view)
             selection = select_blocks(
@@ -90,7 +91,7 @@ class LayerAttention:
 
     def _summaries(self, layer: int, row: Row, view: PagedKV) -> Summaries | None:
         ready, made = self._index.summaries(layer, row, view, self.flow.versions_of(row))
-        self.flow.note_in_place(layer, row, np.arange(made.start, made.stop))
+        self.pages.note_in_place(layer, row, np.arange(made.start, made.stop))
         return ready
 
     def _note_keys_read(
@@ -109,7 +110,7 @@ class LayerAttention:
                 starts = starts[starts >= 0]
                 touched = np.concatenate([starts, starts + (stage.chunk - 1)]) // page_tokens
                 pages = np.unique(np.minimum(touched, len(row.page_ids) - 1))
-            self.flow.note_in_place(layer, row, pages)
+            self.pages.note_in_place(layer, row, pages)
             return
 
     def mend(self, layer: int, row: Row) -> bool:
@@ -117,7 +118,7 @@ class LayerAttention:
 
         Attention copies what it reads into the bank and checks the copy; selection does not.
         """
-        if not self.flow.mend_in_place(layer, row):
+        if not self.pages.mend_in_place(layer, row):
             return False
         self._index.forget(layer, row)  # its summaries may have been made of bad bytes
         return True
@@ -146,7 +147,7 @@ class LayerAttention:
         if segments is None:
             return None
         while True:
-            view = self.flow.selection_view(layer, row, n_appended)
+            view = self.pages.selection_view(layer, row, n_appended)
             ready = self._summaries(layer, row, view)
             if not check or not self.mend(layer, row):
                 break
@@ -172,9 +173,9 @@ class LayerAttention:
         if candidate_end(q_start, policy) - policy.sink <= min(s.keep for s in policy.stages):
             return out
         started = time.monotonic()
-        view = self.flow.selection_view(layer, row, n_appended)
+        view = self.pages.selection_view(layer, row, n_appended)
         n_pages = -(-(q_start + 1) // self.flow.geometry.page_tokens)
-        self.flow.note_in_place(layer, row, np.arange(n_pages))
+        self.pages.note_in_place(layer, row, np.arange(n_pages))
         out = delta_correction(q, q_start, view, out, n_kept, policy, self.rope, scale)
         row.stats.seconds_attend += time.monotonic() - started
         return out
@@ -189,7 +190,7 @@ class LayerAttention:
         scale: float,
     ) -> PreparedDecode:
         """Attention of one query while pages and selection stay as they are; all are resident."""
-        view = self.flow.bank_view(layer, row, position + 1)
+        view = self.pages.bank_view(layer, row, position + 1)
         policy = self.policies[layer]
         return PreparedDecode(view, segments, policy, self.rope, scale, self._n_heads, tail)
 
@@ -211,13 +212,13 @@ class LayerAttention:
         """
         outs: list[Tensor] = []
         lses: list[Tensor] = []
-        resident = self.flow.touch(layer, row, leaves)
+        resident = self.pages.touch(layer, row, leaves)
         passes = [(segments, leaves)] if resident else self._passes(layer, row, segments, leaves)
         for group, mine in passes:
             if not resident:
-                self.flow.make_resident(layer, row, mine)
+                self.pages.make_resident(layer, row, mine)
             started = time.monotonic()
-            view = self.flow.bank_view(layer, row, q_start + q.shape[1])
+            view = self.pages.bank_view(layer, row, q_start + q.shape[1])
             out, lse = attend_segments(
                 q, q_start, view, group, self.policies[layer], self.rope, scale
             )
@@ -243,14 +244,14 @@ class LayerAttention:
         self, layer: int, row: Row, segments: Segments, everything: np.ndarray
     ) -> list[tuple[Segments, np.ndarray]]:
         """Consecutive segments whose leaves fit into the bank together, with those leaves."""
-        if self.flow.fits(layer, everything):
+        if self.pages.fits(layer, everything):
             return [(segments, everything)]
         passes: list[tuple[Segments, np.ndarray]] = []
         first, leaves = 0, np.empty(0, dtype=np.int64)
         for i in range(len(segments)):
             mine = self.leaves_of(row, segments[i : i + 1])
             together = np.union1d(leaves, mine)
-            if i > first and not self.flow.fits(layer, together):
+            if i > first and not self.pages.fits(layer, together):
                 passes.append((segments[first:i], leaves))
                 first, together = i, mine
             leaves = together

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from ..core.stage import LayerPolicy, policies_fingerprint, resolve_policies
 from ..kvstore.page import PageGeometry
 from .embedded import cache_dir, convert_gguf, ensure_embedded_model, sha256_of
 
+_log = logging.getLogger(__name__)
+FAST_HEAD_DIM = 16
+"""Our CPU kernels take heads of a multiple of this; torch computes others."""
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _TOKENIZER_FILES = (
@@ -122,6 +126,20 @@ def refuse_unsupported(config: Any) -> None:
         refuse(
             f"RoPE type {rope['rope_type']!r} (supported: {', '.join(SUPPORTED_ROPE_TYPES)}; the "
             "others make frequencies depend on the sequence)"
+        )
+    n_heads = int(config.num_attention_heads)
+    n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
+    if n_heads % n_kv_heads:
+        refuse(f"a head group of {n_heads} query heads over {n_kv_heads} KV heads")
+    head_dim = head_dim_of(config)
+    if head_dim % 2:
+        refuse(f"an odd head size ({head_dim})")
+    if head_dim % FAST_HEAD_DIM:
+        _log.warning(
+            "heads of %d dimensions are computed without our kernels, which is slower: they take "
+            "multiples of %d",
+            head_dim,
+            FAST_HEAD_DIM,
         )
     if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
         refuse("mixture of experts")

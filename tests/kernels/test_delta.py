@@ -47,7 +47,9 @@ def test_far_keys_stand_at_the_reach(path, paged, rope, position):
 
 
 @pytest.mark.parametrize("attend_rope", ["streaming", "none"])
-def test_the_first_query_is_dense_and_the_others_are_shifted_by_as_much(path, paged, rope, attend_rope):
+def test_the_first_query_is_dense_and_the_others_are_shifted_by_as_much(
+    path, paged, rope, attend_rope
+):
     k, v = torch.randn(2, 2, 1472, 64).unbind(0)
     view, k, v = paged(k, v, 64)
     q, rotary, policy = torch.randn(6, 64, 64), rope(64), policy_of(attend_rope)

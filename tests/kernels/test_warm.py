@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from longreach.core.stage import LayerPolicy, Stage
-from longreach.kernels import cpu_attend, cpu_linear, cpu_merge, cpu_search
+from longreach.kernels import (
+    cpu_append,
+    cpu_attend,
+    cpu_linear,
+    cpu_merge,
+    cpu_one_query,
+    cpu_search,
+    cpu_summary_scores,
+)
 from longreach.kernels.ops import (
+    PreparedDecode,
+    append_tokens,
     attend_segments,
     linear_rows,
     merge_partials,
     plan_attend,
     select_blocks,
+    summarise_pages,
     warm_up,
 )
 
-WORKERS = (cpu_attend._worker, cpu_linear._worker, cpu_merge._merge_worker, cpu_search._worker)
+WORKERS = (
+    cpu_append.append,
+    cpu_attend._worker,
+    cpu_linear._worker,
+    cpu_merge._merge_worker,
+    cpu_one_query.rotate_heads,
+    cpu_one_query.worker,
+    cpu_search._worker,
+    cpu_summary_scores.worker,
+)
 
 
 def test_requests_use_what_the_warm_up_compiled(paged, rope, threads):
@@ -23,22 +44,29 @@ def test_requests_use_what_the_warm_up_compiled(paged, rope, threads):
     warm_up()
     before = [len(worker.signatures) for worker in WORKERS]
     assert min(before) >= 1
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
         view, _, _ = paged(*torch.randn(2, 2, 900, 64), 64, dtype, n_memories=2)
-        for head_reduce in ("all", "kv-group"):
+        k = torch.randn(30, 2, 64).transpose(0, 1)
+        slots, offsets = np.arange(2)[:, None].repeat(30, axis=1), np.arange(30)
+        append_tokens(view.memories[1], slots, offsets, k, k)
+        for head_reduce, scorer in (("all", "search"), ("kv-group", "bounds"), ("all", "mean")):
             policy = LayerPolicy(
-                stages=(Stage(chunk=64, keep=256), Stage(chunk=8, keep=64)),
-                sink=32,
+                stages=(Stage(scorer=scorer, chunk=64, keep=256), Stage(chunk=8, keep=64)),
+                sink=64,
                 window=128,
                 head_reduce=head_reduce,
+                attend_rope="none" if scorer == "mean" else "streaming",
             )
+            ready = summarise_pages(view, policy)
             for n_queries in (64, 1):
                 # as the engine gives them: a slice of a larger tensor
                 q = torch.randn(6, 100, 64)[:, :n_queries]
                 q_start = 900 - n_queries
-                selection = select_blocks(q, q_start, view, policy, rope(64))
+                selection = select_blocks(q, q_start, view, policy, rope(64), summaries=ready)
                 segments = plan_attend(q_start, n_queries, selection, policy, 64)
                 o, lse = attend_segments(q, q_start, view, segments, policy, rope(64), 0.1)
                 merge_partials(o, lse)
+            prepared = PreparedDecode(view, segments, policy, rope(64), 0.1, 6)
+            prepared.attend(q.contiguous(), q_start, segments.base)
     linear_rows(torch.randn(8, 576), torch.randn(1536, 576), torch.randn(1536))
     assert [len(worker.signatures) for worker in WORKERS] == before

@@ -72,9 +72,7 @@ def config(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Any:
     return make
 
 
-def test_nothing_outside_a_row_changes_its_tokens(
-    config: Any, llama: Path, tmp_path: Path
-) -> None:
+def test_nothing_outside_a_row_changes_its_tokens(config: Any, llama: Path, tmp_path: Path) -> None:
     prompts = prompts_of(1500, 1300, shared=1100)
     base = [tokens(run(config(), [p], tmp_path))[0] for p in prompts]
     assert base != [tokens(run(configured(llama), [p], tmp_path))[0] for p in prompts]
@@ -103,3 +101,26 @@ def test_a_restart_and_a_replay_change_nothing(config: Any, tmp_path: Path, kv_d
             done = run_all(again)["second"]
     assert done["token_ids"] == whole
     assert done["stats"]["tokens_reused"] >= 1408
+
+
+@pytest.mark.parametrize(
+    "n_tokens",
+    # one token; page, query block and block edges; sink + window; the candidates' first block
+    [1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 191, 192, 193, 319, 320, 321, 327, 328, 329, 400],
+)
+def test_contexts_at_every_edge_equal_dense(config: Any, llama: Path, n_tokens: int) -> None:
+    """Budgets larger than the context: nothing is pruned, and nothing may differ."""
+    everything = [f"attention.policies.0.stages.{stage}.keep=4096" for stage in range(2)] + [
+        "attention.policies.0.stages.1.top_p=null"
+    ]
+    prompts = prompts_of(n_tokens)
+    want = tokens_without_store(configured(llama), prompts)
+    assert tokens_without_store(config(*everything), prompts) == want
+
+
+def tokens_without_store(settings: Config, prompts: list[Any]) -> list[list[int]]:
+    engine = make_engine(settings)
+    for i, prompt in enumerate(prompts):
+        engine.submit(request(f"row-{i}", prompt, 6))
+    done = run_all(engine)
+    return [done[f"row-{i}"]["token_ids"] for i in range(len(prompts))]

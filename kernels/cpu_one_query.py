@@ -1,0 +1,331 @@
+"""The compiled inside of one query's attention: tasks of segments and KV heads, then the merge.
+
+Base-2 logits inside, base-e log-sum-exp outside. The order of all sums is that of the keys in a segment
+and of the segments, whatever the number of threads.
+"""
+
+# compiled functions take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .cpu_compile import compiled
+from .cpu_memory import join_angles, peek_float, prefetch, rotate_float32
+from .cpu_merge import merge_rows
+from .cpu_pages import (
+    KEY,
+    VALUE,
+    address,
+    bytes_of_row,
+    kind_of,
+    n_tokens_of,
+    page_tokens_of,
+    row_address,
+    value_offset,
+)
+from .cpu_stored import KINDS, RUN_WORDS, dots, softmax_1, softmax_2, softmax_4, weigh
+from .cpu_wait import FAILED, leave, take_ticket, wait_until
+from .rope import FINE
+from .segments import FIXED, HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT
+from .segments import KINDS as SEGMENT_KINDS
+
+SPAN = 32
+"""Consecutive positions that share one rotation of the queries."""
+BATCH = 64
+"""Values weighed in one sweep: they stay in the first-level cache while it walks over dimensions."""
+TOGETHER = 4
+"""Segments of one task: enough to read ahead across their edges."""
+AHEAD = 2
+NEAR_BYTES = 2048
+"""How many runs ahead keys and values are asked for, and how much of each; the machine's own read-ahead
+finds the rest of a long run."""
+_WINDOW = SEGMENT_KINDS.index("window")
+_INT8 = KINDS.index("int8")
+_Q_START, _EXACT, _N_PARTIALS_DONE, _MERGE_TICKET = range(4)
+"""Columns of the counters."""
+
+
+@compiled
+def rotate_heads(out, q, base, q_start, cos, sin, fold):
+    n_heads, head_dim = q.shape
+    half = head_dim // 2
+    for h in range(n_heads):
+        position = q_start - base[h * len(base) // n_heads]
+        rotate_float32(address(out[h]), address(q[h]), half, address(cos[position]),
+                       address(sin[position]))  # fmt: skip
+        for d in range(head_dim):
+            out[h, d] *= fold
+
+
+@compiled
+def worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_starts, base, rules,
+           weights, queries, cos, sin, coarse_cos, coarse_sin, book, floats, logits, found,
+           ends):  # fmt: skip
+    # o may have more partials than these segments make: a tail's, merged with them
+    n_segments, n_heads = table.shape[0], o.shape[1]
+    n_groups = (n_segments + TOGETHER - 1) // TOGETHER
+    n_kv_heads = n_tasks // n_groups
+    at_book = address(book)
+    done = address(counters) + 8 * _N_PARTIALS_DONE
+    while True:
+        task = take_ticket(address(state))
+        if task >= n_tasks:
+            break
+        # windows come last and are the largest: begin with them
+        last = n_segments - task // n_kv_heads * TOGETHER
+        first = max(0, last - TOGETHER)
+        head = task % n_kv_heads
+        n_runs = _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules,
+                       len(weights) > 0, at_book, found, ends)  # fmt: skip
+        if n_runs < 0:
+            state[FAILED] = 1
+        else:
+            begin = 0
+            for s in range(first, last):
+                end = ends[s - first]
+                n_keys = _logits(begin, end, n_runs, head, n_kv_heads, counters, base, weights, queries,
+                                 cos, sin, coarse_cos, coarse_sin, at_book, floats, logits,
+                                 found)  # fmt: skip
+                _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, at_book, floats, logits,
+                              found)  # fmt: skip
+                begin = end
+        take_ticket(done)
+    if len(out):
+        while not wait_until(done, n_tasks, 100):
+            pass
+        while True:
+            head = take_ticket(address(counters) + 8 * _MERGE_TICKET)
+            if head >= n_kv_heads:
+                break
+            group = n_heads // n_kv_heads
+            merge_rows(o, lse, out, out_lse, head * group, (head + 1) * group)
+    leave(address(state))
+
+
+@compiled
+def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules, weighted,
+          book, found, ends):  # fmt: skip
+    """The visible part of every run of segments [first, last): addresses, keys, position.
+
+    found: rows of (address of the first value, keys, address of the first key, position, number of the
+    run whose weight they have, whether all keys have that position); ends: after each segment, the
+    rows so far. Returns their number, -1 if a page is absent. Runs that follow each other in memory
+    and position are joined.
+    """
+    q_start = counters[_Q_START]
+    page_tokens = page_tokens_of(book)
+    to_value, row_bytes = value_offset(book) * (VALUE - KEY), bytes_of_row(book)
+    n = 0
+    for s in range(first, last):
+        n_runs, run_tokens, kind = table[s, N_RUNS], table[s, RUN_TOKENS], table[s, KIND]
+        first_run = table[s, RUNS_AT] + (head * table[s, HEADS] // n_kv_heads) * n_runs
+        position = key_starts[s, head * key_starts.shape[1] // n_kv_heads]
+        if kind == _WINDOW:
+            position -= base[head * len(base) // n_kv_heads]
+        first_token = runs[first_run]
+        renumbered, fixed = table[s, RENUMBERED] == 1, table[s, RENUMBERED] == FIXED
+        least, window, gap, bound = rules[kind, 0], rules[kind, 1], rules[kind, 2], rules[kind, 3]
+        low_limit = max(least, q_start - window + 1)
+        high_limit = min(min(bound, q_start - gap + 1), n_tokens_of(book))
+        begin = n
+        for r in range(n_runs):
+            start = runs[first_run + r]
+            low, high = max(start, low_limit), min(start + run_tokens, high_limit)
+            before = r * run_tokens - start if renumbered else -first_token
+            while start >= 0 and low < high:
+                # a run may go over the edge of a page
+                page = low // page_tokens
+                offset = low - page * page_tokens
+                edge = min(high, low - offset + page_tokens)
+                src = row_address(page, offset, KEY, head, book)
+                if src == 0:
+                    return -1
+                where = position if fixed else position + low + before
+                if (
+                    n > begin
+                    and not weighted
+                    and not fixed
+                    and found[n - 1, 2] + found[n - 1, 1] * row_bytes == src
+                    and found[n - 1, 3] + found[n - 1, 1] == where
+                    and offset
+                ):
+                    found[n - 1, 1] += edge - low
+                else:
+                    found[n, 0] = src + to_value
+                    found[n, 1] = edge - low
+                    found[n, 2] = src
+                    found[n, 3] = where
+                    found[n, 4] = first_run + r
+                    found[n, 5] = fixed
+                    n += 1
+                low = edge
+        ends[s - first] = n
+    return n
+
+
+@compiled
+def _tile(left):
+    """Heads of the next tile."""
+    return min(left, 4)
+
+
+@compiled
+def _width(n_heads):
+    return 4 if n_heads == 3 else n_heads
+
+
+@compiled
+def _call_near(at, n_bytes):
+    for line in range(0, n_bytes, 64):
+        prefetch(at + line)
+
+
+@compiled
+def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, queries, cos, sin,
+            coarse_cos, coarse_sin, book, floats, logits, found):  # fmt: skip
+    """Logits of the keys of runs [begin, end). Returns the number of keys."""
+    exact = counters[_EXACT] == 1
+    n_heads, head_dim = queries.shape
+    group, half = n_heads // n_kv_heads, head_dim // 2
+    query_position = counters[_Q_START] - base[head * len(base) // n_kv_heads]
+    row_bytes = bytes_of_row(book)
+    at_query = address(queries) + 4 * head * group * head_dim
+    at_turned, at_logits = address(floats), address(logits)
+    at_cos, at_sin = address(cos), address(sin)
+    stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
+    variant = 4 * kind_of(book) - 1
+    n = 0
+    origin = -SPAN
+    for r in range(begin, end):
+        if r + AHEAD < n_found:
+            # runs lie apart: ask for a later one while this one is read
+            n_bytes = min(NEAR_BYTES, found[r + AHEAD, 1] * row_bytes)
+            _call_near(found[r + AHEAD, 2], n_bytes)
+            _call_near(found[r + AHEAD, 0], n_bytes)
+        left, at, where = found[r, 1], found[r, 2], found[r, 3]
+        step = half
+        while left > 0:
+            if exact:
+                n_here, angle, turned = left, 4 * where * half, at_query
+            elif found[r, 5] == 1:
+                if where != origin:
+                    origin = where
+                    _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
+                          address(coarse_cos), address(coarse_sin),
+                          at_turned + 4 * 2 * group * head_dim)  # fmt: skip
+                n_here, angle, turned, step = left, 0, at_turned, 0
+            else:
+                if where < origin or where >= origin + SPAN:
+                    origin = where
+                    _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
+                          address(coarse_cos), address(coarse_sin),
+                          at_turned + 4 * 2 * group * head_dim)  # fmt: skip
+                n_here = min(left, origin + SPAN - where)
+                angle = 4 * (where - origin) * half
+                turned = at_turned
+            h = 0
+            out = 0
+            while h < group:
+                m = _tile(group - h)
+                dots(at_logits + 4 * (out + n * _width(m)), turned + 4 * h * head_dim, at, row_bytes, n_here,
+                     half, at_cos + angle, at_sin + angle, step, variant + m)  # fmt: skip
+                if len(weights) > 0:
+                    for i in range(out + n * _width(m), out + (n + n_here) * _width(m)):
+                        logits[i] += weights[found[r, 4]]
+                h += m
+                out += stride
+            n += n_here
+            left -= n_here
+            where += n_here
+            at += n_here * row_bytes
+    return n
+
+
+@compiled
+def _turn(dst, src, distance, n_heads, head_dim, cos, sin, coarse_cos, coarse_sin, angle):
+    """Rotate queries by a distance; angle: scratch for one row of cos and sin."""
+    half = head_dim // 2
+    at_cos = cos + 4 * (distance % FINE) * half
+    at_sin = sin + 4 * (distance % FINE) * half
+    if distance >= FINE:
+        # one rotation by the sum of the angles: (c + is)(c' + is'), of pairs (cos, sin)
+        join_angles(angle, half, at_cos, at_sin, coarse_cos + 4 * (distance // FINE) * half,
+                    coarse_sin + 4 * (distance // FINE) * half)  # fmt: skip
+        at_cos, at_sin = angle, angle + 4 * half
+    for h in range(n_heads):
+        at = 4 * h * head_dim
+        rotate_float32(dst + at, src + at, half, at_cos, at_sin)
+
+
+@compiled
+def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats, logits, found):
+    _, n_heads, head_dim = o.shape
+    group = n_heads // n_kv_heads
+    row_bytes = bytes_of_row(book)
+    kind = kind_of(book)
+    stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
+    at_acc = address(floats) + 4 * group * head_dim
+    at_ends = 3 * group * head_dim + 2 * head_dim
+    h = 0
+    first = 0
+    while h < group:
+        m = _tile(group - h)
+        width = _width(m)
+        n_floats = n_keys * width
+        padded = (n_floats + 7) // 8 * 8
+        for i in range(n_floats, padded):
+            logits[first + i] = -np.inf
+        at_s = address(logits) + 4 * first
+        at_top = address(floats) + 4 * at_ends
+        if width == 4:
+            softmax_4(at_s, padded // 8, at_top, at_top + 32)
+        elif width == 2:
+            softmax_2(at_s, padded // 8, at_top, at_top + 32)
+        else:
+            softmax_1(at_s, padded // 8, at_top, at_top + 32)
+        if kind == _INT8:
+            _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found)
+        for i in range(m * head_dim):
+            floats[group * head_dim + i] = 0.0
+        r, done = begin, 0
+        while r < end:
+            size, batch = 0, 0
+            while r + batch < end and (batch == 0 or size + found[r + batch, 1] <= BATCH):
+                size += found[r + batch, 1]
+                batch += 1
+            weigh(at_acc, at_s + 4 * done * width, address(found) + 8 * RUN_WORDS * r, batch, row_bytes,
+                  head_dim, 4 * kind + m - 1)  # fmt: skip
+            done += size
+            r += batch
+        for g in range(m):
+            row = head * group + h + g
+            top, total = floats[at_ends + g], floats[at_ends + 8 + g]
+            if total > 0.0:
+                lse[s, row] = np.float32((np.float64(top) + math.log2(total)) * math.log(2.0))
+                inverse = np.float32(1.0) / total
+            else:
+                # a row that sees nothing; NaN keys come here as NaN sums and stay visible as NaN
+                lse[s, row] = -np.inf if total == 0.0 else np.nan
+                inverse = np.float32(0.0) if total == 0.0 else np.float32(np.nan)
+            for d in range(head_dim):
+                o[s, row, d] = floats[group * head_dim + g * head_dim + d] * inverse
+        h += m
+        first += stride
+
+
+@compiled
+def _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found):
+    """int8 values: their scales go into the weights."""
+    n = first
+    for r in range(begin, end):
+        at = found[r, 0] + head_dim
+        for _ in range(found[r, 1]):
+            scale = peek_float(at)
+            for w in range(width):
+                logits[n + w] *= scale
+            n += width
+            at += row_bytes
