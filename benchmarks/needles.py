@@ -1,4 +1,4 @@
-"""Facts found in long texts by the embedded model with the 3K preset, beside dense attention.
+"""Facts found in long texts by the embedded model as configured (configs/dev.yaml), beside dense attention.
 
     python -m benchmarks.needles [--quick] [--skip-dense]
 

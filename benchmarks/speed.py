@@ -1,4 +1,4 @@
-"""Speed of one row at 12K tokens with the 3K preset, beside Hugging Face dense attention.
+"""Speed of one row at 12K tokens as configured (configs/dev.yaml), beside Hugging Face dense attention.
 
     python -m benchmarks.speed [--quick] [--skip-dense]
 

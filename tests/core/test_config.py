@@ -49,7 +49,12 @@ def test_every_file_in_configs_loads(path: Path) -> None:
 
 
 def test_the_files_are_the_ones_tested_here() -> None:
-    assert {path.stem for path in CONFIGS} == {"dev", "infinitehip-16k-shallow", *PRESETS}
+    assert {path.stem for path in CONFIGS} == {
+        "dev",
+        "infinitehip-16k-shallow",
+        "longreach-3k",
+        *PRESETS,
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,12 +86,23 @@ def test_the_shallow_preset_has_one_stage_and_a_large_window() -> None:
         assert [(s.scorer, s.chunk, s.keep) for s in policy.stages] == [("search", 32, 16 * K)]
 
 
-def test_dev_runs_the_3k_preset_on_one_node() -> None:
-    dev = load_config([ROOT / "configs" / "dev.yaml"])
+def test_our_preset_has_the_sizes_of_3k_and_searches_nothing() -> None:
+    ours = load_config([ROOT / "configs" / "longreach-3k.yaml"]).attention
     paper = load_config([ROOT / "configs" / "infinitehip-3k.yaml"]).attention
-    assert dev.attention.policies == paper.policies
+    for mine, theirs in zip(ours.policies, paper.policies, strict=True):
+        assert (mine.layers, mine.select_rope) == (theirs.layers, theirs.select_rope)
+        assert (mine.sink, mine.window) == (theirs.sink, theirs.window)
+        for at in (0, -1):
+            assert mine.stages[at].keep == theirs.stages[at].keep
+            assert mine.stages[at].refresh == theirs.stages[at].refresh
+        assert {stage.scorer for stage in mine.stages} == {"bounds"}
     # the paper has one query block for everything
-    assert (dev.attention.question_block, paper.question_block) == (16, 64)
+    assert (ours.question_block, paper.question_block) == (16, 64)
+
+
+def test_dev_runs_our_preset_on_one_node() -> None:
+    dev = load_config([ROOT / "configs" / "dev.yaml"])
+    assert dev.attention == load_config([ROOT / "configs" / "longreach-3k.yaml"]).attention
     assert (dev.cluster.wiring, dev.cluster.ray_address) == ("ray", None)
     assert (dev.worker.count, dev.retriever.count) == (1, 1)
     assert (dev.store.count, dev.store.replicas) == (2, 2)
@@ -211,8 +227,8 @@ def test_set_reaches_sections_and_list_entries() -> None:
     config = load_config(
         [ROOT / "configs" / "dev.yaml"],
         [
-            "attention.policies.1.stages.2.keep=1024",
-            "attention.policies.1.stages.2.refresh=2",
+            "attention.policies.1.stages.1.keep=1024",
+            "attention.policies.1.stages.1.refresh=2",
             "gateway.port=0",
             "model.name=org/name=x",
             "model.served_names=[a, b]",
@@ -221,8 +237,8 @@ def test_set_reaches_sections_and_list_entries() -> None:
         ],
     )
     first, rest = config.attention.policies
-    assert (rest.stages[2].keep, rest.stages[2].refresh) == (1024, 2)
-    assert first.stages[2].keep == 4096
+    assert (rest.stages[1].keep, rest.stages[1].refresh) == (1024, 2)
+    assert first.stages[1].keep == 4096
     assert (config.gateway.port, config.store.lease_s) == (0, 1.5)
     assert (config.model.name, config.model.served_names) == ("org/name=x", ("a", "b"))
 
