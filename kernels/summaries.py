@@ -18,6 +18,13 @@ from torch import Tensor
 from ..core.stage import LayerPolicy, Stage
 from .paged import PagedKV, gather_blocks
 
+try:
+    from . import cpu_page_summaries
+except ModuleNotFoundError as exc:  # without numba the torch path below does the same
+    if exc.name not in ("numba", "llvmlite"):
+        raise
+    cpu_page_summaries = None  # type: ignore[assignment]
+
 SummaryKind = Literal["bounds", "mean", "tail"]
 TableName = tuple[SummaryKind, int, float]
 """(kind, tokens per summary, spread of bounds)"""
@@ -125,8 +132,12 @@ def page_summaries(
     Returns the first page that gets one and [n_pages, Hkv, ...] as `table_shape` says. Chunks longer
     than a page come with their last page: only these pages are returned, `step` apart (see `put`).
     """
-    kind, chunk, _ = name
+    kind, chunk, spread = name
     page_tokens, n_heads = view.page_tokens, view.n_kv_heads
+    if cpu_page_summaries is not None and last_page * page_tokens <= view.n_tokens:
+        made = cpu_page_summaries.page_summaries(kind, chunk, spread, view, first_page, last_page)
+        if made is not None:
+            return first_page, made
     step = max(1, chunk // page_tokens)
     # the chunks whose last page is among these
     first_chunk = (first_page // step) * step * page_tokens // chunk

@@ -132,8 +132,6 @@ def refuse_unsupported(config: Any) -> None:
     if n_heads % n_kv_heads:
         refuse(f"a head group of {n_heads} query heads over {n_kv_heads} KV heads")
     head_dim = head_dim_of(config)
-    if head_dim % 2:
-        refuse(f"an odd head size ({head_dim})")
     if head_dim % FAST_HEAD_DIM:
         _log.warning(
             "heads of %d dimensions are computed without our kernels, which is slower: they take "

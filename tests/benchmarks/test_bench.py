@@ -144,7 +144,7 @@ def test_speed_compares_the_same_prompt_and_reuses_pages(
         assert row["pages_reused"] == row["pages_of_context"] > 10
         assert row["tokens_prefilled"] < 192
         assert 0 < row["ttft_s"] < first["ttft_s"]
-    page_bytes = 4 * 2 * 2 * 64 * 16 * 4  # layers, KV heads, K and V, tokens, head size, float32
+    page_bytes = 4 * 2 * 2 * 64 * 16 * 2  # layers, KV heads, K and V, tokens, head size, float16
     assert sparse["bytes_device_to_store"] >= first["pages_of_context"] * page_bytes
     assert sparse["store"]["corrupt_detected"] == 0
     assert sparse["memory"]["after all questions"]["all"] > 100 << 20

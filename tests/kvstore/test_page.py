@@ -29,8 +29,8 @@ def test_dict_round_trip_and_refusals() -> None:
     for wrong in ({}, {**SMOL.to_dict(), "x": 1}, {**SMOL.to_dict(), "n_layers": 0}):
         with pytest.raises(InvalidInput):
             PageGeometry.from_dict(wrong)
-    with pytest.raises(InvalidInput, match="int8"):
-        PageGeometry(1, 1, 8, 8, "int8")
+    with pytest.raises(InvalidInput, match="int3"):
+        PageGeometry(1, 1, 8, 8, "int3")
 
 
 def test_every_leaf_has_its_own_checksum() -> None:

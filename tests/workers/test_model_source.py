@@ -40,7 +40,7 @@ def changed(source: Path, target: Path, **fields: Any) -> Path:
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"kv_lora_rank": 512}, "multi-head latent attention"),
         ({"num_attention_heads": 8, "num_key_value_heads": 3}, "8 query heads over 3 KV heads"),
-        ({"head_dim": 15}, "an odd head size"),
+        ({"head_dim": 15}, "even rotary dimension"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "dynamic",

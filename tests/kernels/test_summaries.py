@@ -1,0 +1,92 @@
+"""Summaries of pages, made in numba and in torch, and where they lie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from longreach.core.errors import InternalError
+from longreach.core.stage import LayerPolicy, Stage
+from longreach.kernels import summaries
+from longreach.kernels.summaries import check_tables, page_summaries, put, table_shape
+
+NAMES = [
+    ("bounds", 8, 1.0),
+    ("bounds", 64, 0.4),
+    ("mean", 16, 1.0),
+    ("tail", 32, 1.0),
+    ("bounds", 128, 0.5),
+    ("mean", 256, 1.0),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_both_paths_make_what_the_keys_say(paged, monkeypatch, name, dtype, head_dim):
+    kind, chunk, spread = name
+    k, v = torch.randn(2, 3, 700, head_dim).unbind(0)
+    view, k, v = paged(k, v, 64, dtype, n_memories=2)
+    at, rows = page_summaries(name, view, 2, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(summaries, "cpu_page_summaries", None)
+        other_at, other = page_summaries(name, view, 2, 9)
+    assert other_at == at
+    torch.testing.assert_close(rows, other, atol=1e-5, rtol=1e-5)
+    step = max(1, chunk // 64)
+    for i in range(len(rows)):
+        page = at + i * step
+        first = (page + 1) * 64 - chunk if chunk > 64 else page * 64
+        run = k[:, first : first + chunk]
+        got = rows[i, :, :, 0] if kind == "tail" else rows[i, :, 0]
+        mean = run.mean(dim=1)
+        if kind == "bounds":
+            for side, end in enumerate((run.amax(dim=1), run.amin(dim=1))):
+                torch.testing.assert_close(got[:, side], mean + spread * (end - mean))
+        else:
+            torch.testing.assert_close(got[:, 0], mean)
+        if kind == "tail":
+            torch.testing.assert_close(got[:, 1], v[:, first : first + chunk].mean(dim=1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_at_once_and_one_by_one_fill_the_same_table(path, paged, name):
+    k, v = torch.randn(2, 2, 640, 32).unbind(0)
+    view, _, _ = paged(k, v)
+    slots = torch.randperm(12).numpy()[:10]
+    tables = [torch.zeros(table_shape(name, 12, 2, 64, 32)) for _ in range(2)]
+    at, rows = page_summaries(name, view, 0, 10)
+    put(tables[0], name, slots, at, rows, 64)
+    for page in range(10):
+        at, rows = page_summaries(name, view, page, page + 1)
+        put(tables[1], name, slots, at, rows, 64)
+    torch.testing.assert_close(tables[0], tables[1])
+
+
+def test_what_is_not_finite_shows(path, paged):
+    k = torch.randn(1, 128, 16)
+    k[0, 70, 3] = torch.nan
+    view, _, _ = paged(k, k)
+    _, rows = page_summaries(("bounds", 8, 0.4), view, 0, 2)
+    assert bool(rows[1, 0, 0, :, 3].isnan().all())
+    assert not bool(rows[0].isnan().any())
+
+
+def test_an_absent_page_is_an_error(path, paged):
+    k = torch.randn(1, 128, 16)
+    view, _, _ = paged(k, k)
+    view.row[0, 1] = -1
+    with pytest.raises(InternalError, match="absent"):
+        page_summaries(("bounds", 8, 1.0), view, 0, 2)
+
+
+def test_chunks_that_do_not_fit_pages_are_named():
+    policy = LayerPolicy(stages=(Stage(scorer="bounds", chunk=48, keep=96),), sink=96)
+    problem = check_tables(summaries.tables_of(policy), 64, policy.sink)
+    assert problem is not None
+    assert "48" in problem
+    assert "64" in problem
+    assert check_tables([("mean", 256, 1.0)], 64, 128) is not None
+    assert check_tables([("mean", 256, 1.0)], 64, 256) is None
+    assert np.prod(table_shape(("mean", 256, 1.0), 5, 2, 64, 32)) == 5 * 2 * 32
