@@ -19,6 +19,7 @@ from torch import Tensor
 from longreach.core.stage import LayerPolicy
 from longreach.kernels import ops
 from longreach.kernels.ops import PagedKV, Rope, Segments, Selection
+from longreach.kernels.summaries import table_of
 from longreach.workers.memory import huge_zeros
 
 PAGE_TOKENS = 64
@@ -327,7 +328,7 @@ def counted_bytes(
                 stage.chunk, geometry.group, stage.variant == "paper"
             )
         elif summaries is not None:
-            table = summaries.tables[(stage.scorer, stage.chunk)]
+            table = summaries.tables[table_of(stage)]
             of_chunk = table[0, 0, 0].nbytes
         stages.append(round(n_chunks * of_chunk))
     n_keys = attended_keys(policy, geometry, step, segments)

@@ -49,7 +49,8 @@ class Stage(BaseModel):
     refresh: int = Field(default=1, gt=0)
     """Decode steps between recomputations of this stage."""
     query_stride: int = Field(default=1, gt=0)
-    """Neighbouring queries averaged into one before scoring."""
+    """Neighbouring queries of a block of 64 averaged into one before scoring; a finer block of the question
+    averages as many fewer, so that it is scored by as many averages."""
     variant: Variant = "authors"
     """`paper`: first-token probes, the last one scores; `authors`: centre probes, the best does."""
     spread: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -66,6 +67,15 @@ class Stage(BaseModel):
         if QUERY_BLOCK % self.query_stride:
             raise ValueError(f"query_stride ({self.query_stride}) must divide {QUERY_BLOCK}")
         return self
+
+    def for_block(self, query_block: int) -> Stage:
+        """This stage for blocks of fewer queries than QUERY_BLOCK."""
+        stride = max(1, self.query_stride * query_block // QUERY_BLOCK)
+        return (
+            self
+            if stride == self.query_stride
+            else self.model_copy(update={"query_stride": stride})
+        )
 
 
 class LayerPolicy(BaseModel):

@@ -20,6 +20,7 @@ from .cpu_memory import (
     load_float16,
     load_float32,
     peek,
+    prefetch,
     rotate_float32,
     split_signs,
     turn_tile,
@@ -33,6 +34,8 @@ from .rope import FINE
 
 TILE = 96
 """Chunks of one task."""
+NEAR_BYTES = 4096
+"""Most bytes asked for ahead: slots lie apart, and the machine's read-ahead stops at their edges."""
 _BASE, _SLOTS, _READY, _PER_PAGE, _CHUNK, _PAGE_TOKENS, _ENTRY_BYTES, _KIND = range(8)
 """Columns of a table's book."""
 _N_HEADS, _N_ROWS, _END, _BOUNDS, _SOFTMAX, _DONE, _MERGE = range(7)
@@ -53,6 +56,18 @@ def _entry(start, end, kv_head, n_kv_heads, table):
     return peek(table, _BASE) + ((slot * n_kv_heads + kv_head) * per_page + index) * peek(
         table, _ENTRY_BYTES
     )
+
+
+@compiled
+def _call_near(start, end, kv_head, n_kv_heads, table):
+    """Ask for the summaries of a later chunk and those that follow it in its slot."""
+    if start < 0:
+        return
+    src = _entry(start, end, kv_head, n_kv_heads, table)
+    if src != 0:
+        n = min(WIDTH, peek(table, _PER_PAGE)) * peek(table, _ENTRY_BYTES)
+        for line in range(0, min(n, NEAR_BYTES), 64):
+            prefetch(src + line)
 
 
 @compiled
@@ -222,6 +237,8 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
                 == src + n * entry_bytes
             ):
                 n += 1
+        if c + n < last:
+            _call_near(starts[sel, c + n], end, kv_head, n_kv_heads, table)
         h, at = 0, 0
         for i in range(n):
             scores[kv_head, c + i] = -np.inf

@@ -205,6 +205,7 @@ def select(
     inputs: list[list[list[int]]] | None = None,
     level: int = 0,
     scale: float | None = None,
+    query_block: int = 64,
 ) -> tuple[list[list[list[int]]], list[list[int]]]:
     """The chain of stages (3.5) of one query block, recomputed from stage `level` on (3.8).
 
@@ -219,7 +220,7 @@ def select(
     if level and inputs is not None:
         lists = inputs[level]
     for i in range(level, len(policy.stages)):
-        stage = policy.stages[i]
+        stage = policy.stages[i].for_block(query_block)
         kept_inputs.append(lists)
         n_keep = stage.keep // stage.chunk
         longest = max(len(starts) for starts in lists)

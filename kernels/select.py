@@ -33,6 +33,7 @@ def select_blocks(
     coarse: Tensor | None = None,
     summaries: Summaries | None = None,
     scale: float | None = None,
+    query_block: int = QUERY_BLOCK,
 ) -> Selection:
     """Blocks that the queries at [q_start, q_start + Tq) attend to, besides sinks and window.
 
@@ -42,6 +43,7 @@ def select_blocks(
     coarse: int64 [Hsel, n] or [n], ascending chunk starts that leave stage 0, if it was scored
     elsewhere (the retriever). summaries: ready summaries for bounds and mean stages, which are made
     from the keys without. scale: the softmax scale, 1 / sqrt(D) by default (reduce, top_p).
+    query_block: queries of a whole block here; fewer than 64 are averaged in smaller groups.
     Raises InternalError on a dense policy, a missing previous, or pages that are absent.
     """
     n_stages = len(policy.stages)
@@ -60,7 +62,7 @@ def select_blocks(
     end = candidate_end(q_start, policy)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     for i in range(level, n_stages):
-        stage = policy.stages[i]
+        stage = policy.stages[i].for_block(query_block)
         if i == 0 and coarse is not None:
             starts = coarse.expand(n_sel, -1)
         elif not keeps_all(starts, stage) or (stage.top_p is not None and starts.shape[1]):

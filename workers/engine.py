@@ -272,8 +272,9 @@ class Engine:
         start = row.n_done
         end = chunk_end(start, row.n_prompt, self._chunk_tokens())
         self.flow.reserve(row, end)
-        blocks = query_blocks(start, end, row.question_start, self._config.attention.question_block)
-        step = PrefillStep(self._attention, row, start, blocks)
+        question_block = self._config.attention.question_block
+        blocks = query_blocks(start, end, row.question_start, question_block)
+        step = PrefillStep(self._attention, row, start, blocks, question_block)
         tokens = torch.from_numpy(row.request.prompt[start:end].astype("int64"))
         forward_started = time.monotonic()
         hidden = self._model.hidden(tokens, step, decode=False)

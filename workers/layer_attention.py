@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.stage import LayerPolicy
+from ..core.stage import QUERY_BLOCK, LayerPolicy
 from ..kernels.ops import (
     PagedKV,
     PreparedDecode,
@@ -64,6 +64,7 @@ class LayerAttention:
         previous: Selection | None = None,
         level: int = 0,
         check: bool = True,
+        query_block: int = QUERY_BLOCK,
     ) -> Selection | None:
         """q [H, Tq, D] at absolute positions q_start …; None for a dense policy.
 
@@ -78,10 +79,22 @@ class LayerAttention:
         started = time.monotonic()
         while True:
             view = self.pages.selection_view(layer, row, n_appended)
-            coarse = self._index.coarse(layer, row, q, q_start, view) if level == 0 else None
+            coarse = None
+            if level == 0:
+                coarse = self._index.coarse(layer, row, q, q_start, view, scale, query_block)
             ready = self._summaries(layer, row, view)
             selection = select_blocks(
-                q, q_start, view, policy, self.rope, previous, level, coarse, ready, scale
+                q,
+                q_start,
+                view,
+                policy,
+                self.rope,
+                previous,
+                level,
+                coarse,
+                ready,
+                scale,
+                query_block,
             )
             self._note_keys_read(layer, row, selection, level, coarse is not None)
             if not check or not self.mend(layer, row):

@@ -18,8 +18,14 @@ class PrefillStep:
     that share a selection."""
 
     def __init__(
-        self, attention: LayerAttention, row: Row, start: int, blocks: Sequence[tuple[int, int]]
+        self,
+        attention: LayerAttention,
+        row: Row,
+        start: int,
+        blocks: Sequence[tuple[int, int]],
+        question_block: int,
     ) -> None:
+        self._question_block = question_block
         self._attention = attention
         self._row = row
         self._start = start

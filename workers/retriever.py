@@ -126,11 +126,19 @@ class Retriever:
         context.n_pages[layer] = max(context.n_pages[layer], last_page)
 
     def select(
-        self, context_id: str, layer: int, q: Tensor, q_start: int, cut_keys: Tensor | None
+        self,
+        context_id: str,
+        layer: int,
+        q: Tensor,
+        q_start: int,
+        scale: float,
+        query_block: int,
+        cut_keys: Tensor | None,
     ) -> Tensor:
         """The first stage: chunk starts int64 [Hsel, n] that leave it, padded with -1.
 
-        q [H, Tq, D] unrotated. cut_keys [Hkv, n, D]: keys of the last candidates, which have no
+        q [H, Tq, D] unrotated; scale: of the softmax; query_block: of a whole
+        block. cut_keys [Hkv, n, D]: keys of the last candidates, which have no
         summary because the candidate region's end cuts their chunk; None when it ends on a chunk.
         """
         context = self._context(context_id)
@@ -141,7 +149,17 @@ class Retriever:
         table = ready.tables.get(self._pool.names[layer][0])
         n_kv_heads = table.shape[1] if table is not None else 1
         view = self._cut_view(policy, q, q_start, cut_keys, n_kv_heads)
-        return select_blocks(q, q_start, view, coarse, self._rope, summaries=ready).blocks
+        selection = select_blocks(
+            q,
+            q_start,
+            view,
+            coarse,
+            self._rope,
+            summaries=ready,
+            scale=scale,
+            query_block=query_block,
+        )
+        return selection.blocks
 
     def _cut_view(
         self,

@@ -52,8 +52,10 @@ class RetrieverService:
     def _do_select(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         q = _tensor(buffers[0], header["q_shape"])
         cut = _tensor(buffers[1], header["cut_shape"]) if header["cut_shape"] else None
+        names = ("q_start", "scale", "query_block")
+        numbers = {name: header[name] for name in names}
         blocks = self._retriever.select(
-            header["context_id"], header["layer"], q, header["q_start"], cut
+            header["context_id"], header["layer"], q, cut_keys=cut, **numbers
         )
         data = np.ascontiguousarray(blocks.numpy(), dtype="<i8")
         return Reply({"shape": list(blocks.shape)}, [data.tobytes()])

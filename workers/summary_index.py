@@ -84,7 +84,16 @@ class SummaryIndex:
         here[layer] = max(first, n_pages)
         return self._pool.summaries(layer, slots, here[layer]), made
 
-    def coarse(self, layer: int, row: Row, q: Tensor, q_start: int, view: PagedKV) -> Tensor | None:
+    def coarse(
+        self,
+        layer: int,
+        row: Row,
+        q: Tensor,
+        q_start: int,
+        view: PagedKV,
+        scale: float,
+        query_block: int,
+    ) -> Tensor | None:
         """The first stage scored at the retriever; None where it is scored here."""
         if not self._remote or not self._first[layer]:
             return None
@@ -96,7 +105,7 @@ class SummaryIndex:
         covered = end // self._page_tokens * self._page_tokens // chunk * chunk
         cut = end - max(policy.sink, covered)
         cut_keys = gather_tokens(view, torch.arange(end - cut, end)) if cut else None
-        return self._select_remote(layer, row, q, q_start, cut_keys)
+        return self._select_remote(layer, row, q, q_start, scale, query_block, cut_keys)
 
     def _bring_up(self, layer: int, row: Row, view: PagedKV, n_pages: int) -> None:
         """The retriever's summaries of the row's first n_pages full pages, as far as they are missing."""
@@ -118,12 +127,21 @@ class SummaryIndex:
         return {int(k): int(v) for k, v in reply.header["known"].items()}
 
     def _select_remote(
-        self, layer: int, row: Row, q: Tensor, q_start: int, cut_keys: Tensor | None
+        self,
+        layer: int,
+        row: Row,
+        q: Tensor,
+        q_start: int,
+        scale: float,
+        query_block: int,
+        cut_keys: Tensor | None,
     ) -> Tensor:
         header: dict[str, Any] = {
             "context_id": row.row_id,
             "layer": layer,
             "q_start": q_start,
+            "scale": scale,
+            "query_block": query_block,
             "q_shape": list(q.shape),
             "cut_shape": None if cut_keys is None else list(cut_keys.shape),
         }

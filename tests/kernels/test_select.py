@@ -101,6 +101,17 @@ def test_summary_scorers_equal_the_specification(
         compare(torch.randn(4, n_queries, 32), q_start, k, view, policy, rope(32))
 
 
+@pytest.mark.parametrize("scorer", ["search", "bounds"])
+def test_a_finer_block_averages_fewer_queries(path, paged, rope, scorer):
+    k, v = torch.randn(2, 2, 1500, 64).unbind(0)
+    view, k, _ = paged(k, v, 64)
+    policy, rotary = policy_of("relative", chain(scorer=scorer)), rope(64)
+    q = torch.randn(6, 16, 64)
+    _, want = reference.select(q, 1484, k, policy, rotary, query_block=16)
+    assert lists(select_blocks(q, 1484, view, policy, rotary, query_block=16)) == want
+    assert lists(select_blocks(q, 1484, view, policy, rotary)) != want
+
+
 @pytest.mark.parametrize("n_queries", [64, 1])
 @pytest.mark.parametrize("spread", [0.4, 0.05])
 def test_spread_equals_the_specification(path, paged, rope, n_queries, spread):
