@@ -119,10 +119,10 @@ def test_golden_values() -> None:
     assert [key.hex() for key in keys] == GOLDEN_KEYS
 
 
-GOLDEN_RECIPE = "28060218dd576906c5fe5ff50805471e20872b340225b5084d2988f6924943ab"
+GOLDEN_RECIPE = "24ecf07f72bea6bef3350e040918d19785b39d4eb108905cb8934acb7f2a826a"
 GOLDEN_KEYS = [
-    "704e69c7ccfab067d28f8b81e0e10c79d1d79f632abe2c5cf745b72572320019",
-    "208753fe2a81bda92e51a1f1e003dcd010c9db70fa3d2cc558cd7bb67d3b4bbe",
+    "11dddafd4a3a2795d9d1f1eaa1e8e5d523d1d316a3ba2d084d2ecfc52496c353",
+    "c199c1c62a1b37db31ec193115643e4d479a703dac8fd1970aee591bed0bad14",
 ]
 
 
