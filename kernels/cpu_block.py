@@ -58,12 +58,10 @@ from .cpu_compile import compiled
 from .cpu_ir import LANES
 from .cpu_memory import peek
 from .cpu_pages import address
-from .cpu_pool import POOL
+from .cpu_pool import POOL, SHARED_BYTES
 from .cpu_products import SUMS_FLOATS, products
 from .cpu_wait import leave
 
-SHARED_BYTES = 1 << 20
-"""Weights below this are read by the calling thread alone: waking another costs more."""
 _N_PHASES = 4
 
 

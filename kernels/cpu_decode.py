@@ -49,10 +49,7 @@ def log_weights(segments: Segments) -> np.ndarray:
 
 
 class Call:
-    """One query's attention with everything prepared that does not change from token to token.
-
-    merged: whether partials are merged into one result at once.
-    """
+    """One query's attention with everything prepared that does not change from token to token."""
 
     def __init__(
         self,

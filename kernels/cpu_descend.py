@@ -14,7 +14,6 @@ import numpy as np
 
 from .cpu_compile import compiled
 from .cpu_ir import LANES
-from .cpu_memory import prefetch
 from .cpu_pages import (
     KEY,
     address,
@@ -23,6 +22,7 @@ from .cpu_pages import (
     load_rotated,
     load_row,
     page_address,
+    prefetch_bytes,
 )
 from .cpu_tiles import ROWS, dots_1x1, dots_1x3, dots_1x6, max_dot_6
 from .cpu_wait import FAILED
@@ -46,8 +46,7 @@ def call_near(kv_head, starts, chunk, end, book):
         for token in range(max(0, starts[c]), min(starts[c] + chunk, end)):
             src = page_address(token, KEY, kv_head, book)
             if src != 0:
-                for line in range(0, row_bytes, 64):
-                    prefetch(src + line)
+                prefetch_bytes(src, row_bytes)
 
 
 @compiled
@@ -166,8 +165,7 @@ def every_token(state, kv_head, starts, base, scores, queries, cos, sin, setting
             ahead = page_address(starts[c + 1], KEY, kv_head, book)
         for j in range(size):
             if ahead != 0:
-                for line in range(0, row_bytes, 64):
-                    prefetch(ahead + j * row_bytes + line)
+                prefetch_bytes(ahead + j * row_bytes, row_bytes)
             key = _key_row(start + j, start, base[c], at_key, kv_head, keys, cos, sin, book)  # fmt: skip
             if key == 0:
                 state[FAILED] = 1

@@ -77,6 +77,13 @@ class Emit:
     def maximum(self, x: Any, y: Any) -> Any:
         return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for one cache line, for the second-level cache."""
+        pointer = self.b.inttoptr(address, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
+        self.b.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+
     def index(self, value: int) -> Any:
         return ir.Constant(I64, value)
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from .cpu_compile import compiled
 from .cpu_pages import address
-from .cpu_pool import POOL
+from .cpu_pool import POOL, SHARED_BYTES
 from .cpu_products import SUMS_FLOATS, products
 from .cpu_wait import leave, take_ticket
 
-SHARED_BYTES = 1 << 20
-"""Weights below this are read by the calling thread alone: waking another costs more."""
 TASK_BYTES = 1 << 18
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from .cpu_ir import I32, LANES, Emit, intrinsic
+from .cpu_ir import LANES, Emit, intrinsic
 from .cpu_stored import KINDS, WIDE, load_stored
 
 
@@ -74,12 +74,7 @@ def prefetch(typing: Any, address: Any) -> Any:
     """Ask for one cache line, for the second-level cache."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        kinds = [pointer.type, I32, I32, I32]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0"
-        )
-        builder.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+        Emit(builder).prefetch(args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen

@@ -9,27 +9,27 @@ and of the segments, whatever the number of threads.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from .cpu_compile import compiled
-from .cpu_memory import join_angles, peek_float, prefetch, rotate_float32
+from .cpu_memory import peek_float, rotate_float32
 from .cpu_merge import merge_rows
 from .cpu_pages import (
     KEY,
     VALUE,
     address,
     bytes_of_row,
+    distance_angles,
     kind_of,
     n_tokens_of,
     page_tokens_of,
+    prefetch_bytes,
     row_address,
     value_offset,
 )
-from .cpu_stored import KINDS, RUN_WORDS, dots, softmax_1, softmax_2, softmax_4, weigh
+from .cpu_softmax import finish
+from .cpu_stored import KINDS, LANES, RUN_WORDS, dots, softmax_tile, tile_heads, tile_width, weigh
 from .cpu_wait import FAILED, leave, take_ticket, wait_until
-from .rope import FINE
 from .segments import FIXED, HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT
 from .segments import KINDS as SEGMENT_KINDS
 
@@ -168,20 +168,9 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
 
 
 @compiled
-def _tile(left):
-    """Heads of the next tile."""
-    return min(left, 4)
-
-
-@compiled
-def _width(n_heads):
-    return 4 if n_heads == 3 else n_heads
-
-
-@compiled
-def _call_near(at, n_bytes):
-    for line in range(0, n_bytes, 64):
-        prefetch(at + line)
+def _stride(logits, group):
+    """Floats between the logits of two tiles of heads."""
+    return (len(logits) // ((group + 3) // 4)) // LANES * LANES
 
 
 @compiled
@@ -196,7 +185,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
     at_query = address(queries) + 4 * head * group * head_dim
     at_turned, at_logits = address(floats), address(logits)
     at_cos, at_sin = address(cos), address(sin)
-    stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
+    stride = _stride(logits, group)
     variant = 4 * kind_of(book) - 1
     n = 0
     origin = -SPAN
@@ -204,37 +193,32 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
         if r + AHEAD < n_found:
             # runs lie apart: ask for a later one while this one is read
             n_bytes = min(NEAR_BYTES, found[r + AHEAD, 1] * row_bytes)
-            _call_near(found[r + AHEAD, 2], n_bytes)
-            _call_near(found[r + AHEAD, 0], n_bytes)
+            prefetch_bytes(found[r + AHEAD, 2], n_bytes)
+            prefetch_bytes(found[r + AHEAD, 0], n_bytes)
         left, at, where = found[r, 1], found[r, 2], found[r, 3]
         step = half
         while left > 0:
             if exact:
                 n_here, angle, turned = left, 4 * where * half, at_query
-            elif found[r, 5] == 1:
-                if where != origin:
-                    origin = where
-                    _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
-                          address(coarse_cos), address(coarse_sin),
-                          at_turned + 4 * 2 * group * head_dim)  # fmt: skip
-                n_here, angle, turned, step = left, 0, at_turned, 0
             else:
-                if where < origin or where >= origin + SPAN:
+                fixed = found[r, 5] == 1
+                if where < origin or where >= origin + (1 if fixed else SPAN):
                     origin = where
                     _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
                           address(coarse_cos), address(coarse_sin),
                           at_turned + 4 * 2 * group * head_dim)  # fmt: skip
-                n_here = min(left, origin + SPAN - where)
+                n_here = left if fixed else min(left, origin + SPAN - where)
+                step = 0 if fixed else half
                 angle = 4 * (where - origin) * half
                 turned = at_turned
             h = 0
             out = 0
             while h < group:
-                m = _tile(group - h)
-                dots(at_logits + 4 * (out + n * _width(m)), turned + 4 * h * head_dim, at, row_bytes, n_here,
-                     half, at_cos + angle, at_sin + angle, step, variant + m)  # fmt: skip
+                m = tile_heads(group - h)
+                dots(at_logits + 4 * (out + n * tile_width(m)), turned + 4 * h * head_dim, at, row_bytes,
+                     n_here, half, at_cos + angle, at_sin + angle, step, variant + m)  # fmt: skip
                 if len(weights) > 0:
-                    for i in range(out + n * _width(m), out + (n + n_here) * _width(m)):
+                    for i in range(out + n * tile_width(m), out + (n + n_here) * tile_width(m)):
                         logits[i] += weights[found[r, 4]]
                 h += m
                 out += stride
@@ -249,13 +233,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
 def _turn(dst, src, distance, n_heads, head_dim, cos, sin, coarse_cos, coarse_sin, angle):
     """Rotate queries by a distance; angle: scratch for one row of cos and sin."""
     half = head_dim // 2
-    at_cos = cos + 4 * (distance % FINE) * half
-    at_sin = sin + 4 * (distance % FINE) * half
-    if distance >= FINE:
-        # one rotation by the sum of the angles: (c + is)(c' + is'), of pairs (cos, sin)
-        join_angles(angle, half, at_cos, at_sin, coarse_cos + 4 * (distance // FINE) * half,
-                    coarse_sin + 4 * (distance // FINE) * half)  # fmt: skip
-        at_cos, at_sin = angle, angle + 4 * half
+    at_cos, at_sin = distance_angles(distance, half, cos, sin, coarse_cos, coarse_sin, angle)
     for h in range(n_heads):
         at = 4 * h * head_dim
         rotate_float32(dst + at, src + at, half, at_cos, at_sin)
@@ -267,26 +245,20 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
     group = n_heads // n_kv_heads
     row_bytes = bytes_of_row(book)
     kind = kind_of(book)
-    stride = (len(logits) // ((group + 3) // 4)) // 8 * 8
+    stride = _stride(logits, group)
     at_acc = address(floats) + 4 * group * head_dim
     at_ends = 3 * group * head_dim + 2 * head_dim
     h = 0
     first = 0
     while h < group:
-        m = _tile(group - h)
-        width = _width(m)
+        m = tile_heads(group - h)
+        width = tile_width(m)
         n_floats = n_keys * width
-        padded = (n_floats + 7) // 8 * 8
-        for i in range(n_floats, padded):
+        for i in range(n_floats, (n_floats + LANES - 1) // LANES * LANES):
             logits[first + i] = -np.inf
         at_s = address(logits) + 4 * first
         at_top = address(floats) + 4 * at_ends
-        if width == 4:
-            softmax_4(at_s, padded // 8, at_top, at_top + 32)
-        elif width == 2:
-            softmax_2(at_s, padded // 8, at_top, at_top + 32)
-        else:
-            softmax_1(at_s, padded // 8, at_top, at_top + 32)
+        softmax_tile(at_s, n_keys, width, at_top, at_top + 4 * LANES)
         if kind == _INT8:
             _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found)
         for i in range(m * head_dim):
@@ -303,14 +275,7 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
             r += batch
         for g in range(m):
             row = head * group + h + g
-            top, total = floats[at_ends + g], floats[at_ends + 8 + g]
-            if total > 0.0:
-                lse[s, row] = np.float32((np.float64(top) + math.log2(total)) * math.log(2.0))
-                inverse = np.float32(1.0) / total
-            else:
-                # a row that sees nothing; NaN keys come here as NaN sums and stay visible as NaN
-                lse[s, row] = -np.inf if total == 0.0 else np.nan
-                inverse = np.float32(0.0) if total == 0.0 else np.float32(np.nan)
+            lse[s, row], inverse = finish(floats[at_ends + g], floats[at_ends + LANES + g])
             for d in range(head_dim):
                 o[s, row, d] = floats[group * head_dim + g * head_dim + d] * inverse
         h += m

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .cpu_compile import compiled
-from .cpu_pages import KEY, VALUE, address, as_pages, load_row, row_address
+from .cpu_pages import KEY, VALUE, address, as_pages, load_row, page_address
 from .cpu_pool import POOL
 from .cpu_wait import FAILED, leave, take_ticket
 from .paged import PagedKV, absent_page
 
-_KINDS = {"bounds": 0, "mean": 1, "tail": 2}
+_BOUNDS, _MEAN, _TAIL = range(3)
+_KINDS = {"bounds": _BOUNDS, "mean": _MEAN, "tail": _TAIL}
 
 
 def page_summaries(
@@ -43,6 +44,7 @@ def page_summaries(
 @compiled
 def _worker(state, n_tasks, out, settings, spread, book, rows):
     first_page, chunk, per_page = settings[1], settings[2], settings[3]
+    page_tokens, n_of_keys = chunk * per_page, 2 if settings[0] == _BOUNDS else 1
     at_book = address(book)
     while True:
         task = take_ticket(address(state))
@@ -51,46 +53,51 @@ def _worker(state, n_tasks, out, settings, spread, book, rows):
             return
         for head in range(out.shape[1]):
             for c in range(per_page):
-                if not _one(out[task, head, c], settings[0], first_page + task, c * chunk, chunk, head,
-                            spread, at_book, rows):  # fmt: skip
+                first = (first_page + task) * page_tokens + c * chunk
+                found = out[task, head, c]
+                good = summarise_run(
+                    found[:n_of_keys], rows, first, first + chunk, KEY, head, spread, at_book
+                )
+                if settings[0] == _TAIL:
+                    good &= summarise_run(
+                        found[1:], rows, first, first + chunk, VALUE, head, spread, at_book
+                    )
+                if not good:
                     state[FAILED] = 1
 
 
 @compiled
-def _one(out, kind, page, first, chunk, head, spread, book, rows):
-    """One summary, out [values, D]; rows: scratch for a stored row and a sum. False if the page is absent."""
-    head_dim = out.shape[1]
+def summarise_run(out, rows, first, last, side, head, spread, book):
+    """Summary of the keys (or values) of tokens [first, last): out [2 (maximum, minimum), D], both drawn
+    towards the mean by `spread`, or [1 (mean), D]. rows: [2, D] scratch. False if a page is absent."""
+    bounds, head_dim = len(out) == 2, out.shape[1]
     row, total = rows[0], rows[1]
-    share = np.float32(1.0) / np.float32(chunk)
-    for side in range(2 if kind == 2 else 1):
+    for token in range(first, last):
+        src = page_address(token, side, head, book)
+        if src == 0:
+            return False
+        load_row(address(row), src, book)
+        if token == first:
+            for d in range(head_dim):
+                total[d] = row[d]
+            for i in range(len(out)):
+                for d in range(head_dim):
+                    out[i, d] = row[d]
+            continue
         for d in range(head_dim):
-            total[d] = 0.0
-        for token in range(first, first + chunk):
-            src = row_address(page, token, VALUE if side == 1 else KEY, head, book)
-            if src == 0:
-                return False
-            load_row(address(row), src, book)
+            total[d] += row[d]
+        if bounds:
             for d in range(head_dim):
-                total[d] += row[d]
-            if kind == 0 and token == first:
-                for d in range(head_dim):
-                    out[0, d] = row[d]
-                    out[1, d] = row[d]
-            elif kind == 0:
-                for d in range(head_dim):
-                    out[0, d] = row[d] if row[d] > out[0, d] else out[0, d]
-                    out[1, d] = row[d] if row[d] < out[1, d] else out[1, d]
-        if kind != 0:
-            for d in range(head_dim):
-                out[side, d] = total[d] * share
-        else:
-            for d in range(head_dim):
-                mean = total[d] * share
-                if spread != np.float32(1.0):
-                    out[0, d] = mean + spread * (out[0, d] - mean)
-                    out[1, d] = mean + spread * (out[1, d] - mean)
-                if mean != mean:
-                    # a NaN or two infinities: nothing may hide them
-                    out[0, d] = mean
-                    out[1, d] = mean
+                out[0, d] = row[d] if row[d] > out[0, d] else out[0, d]
+                out[1, d] = row[d] if row[d] < out[1, d] else out[1, d]
+    share = np.float32(1.0) / np.float32(max(1, last - first))
+    for d in range(head_dim):
+        mean = total[d] * share
+        # a NaN must not hide behind comparisons, which it makes false
+        if not bounds or mean != mean:
+            for i in range(len(out)):
+                out[i, d] = mean
+        elif spread != np.float32(1.0):
+            out[0, d] = mean + spread * (out[0, d] - mean)
+            out[1, d] = mean + spread * (out[1, d] - mean)
     return True

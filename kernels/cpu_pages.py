@@ -12,11 +12,13 @@ import torch
 
 from .cpu_compile import compiled
 from .cpu_memory import (
+    join_angles,
     load_bfloat16,
     load_float16,
     load_float32,
     load_int8,
     peek,
+    prefetch,
     rotate_bfloat16,
     rotate_float16,
     rotate_float32,
@@ -24,7 +26,7 @@ from .cpu_memory import (
     zero_float32,
 )
 from .paged import PagedKV
-from .rope import TABLE_LIMIT, Rope
+from .rope import FINE, TABLE_LIMIT, Rope
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 KEY, VALUE = 0, 1
@@ -145,8 +147,20 @@ def n_tokens_of(book):
 
 
 @compiled
+def prefetch_bytes(at, n_bytes):
+    """Ask for memory that is read soon."""
+    for line in range(0, n_bytes, 64):
+        prefetch(at + line)
+
+
+@compiled
 def load_row(dst, src, book):
-    kind, n = peek(book, _KIND), peek(book, _HEAD_DIM)
+    load_kind(dst, src, peek(book, _HEAD_DIM), peek(book, _KIND))
+
+
+@compiled
+def load_kind(dst, src, n, kind):
+    """n stored elements of a kind (number in KINDS) as float32."""
     if kind == 0:
         load_float32(dst, src, n)
     elif kind == 1:
@@ -170,6 +184,18 @@ def load_rotated(dst, src, book, cos, sin, position):
         rotate_bfloat16(dst, src, half, cos + offset, sin + offset)
     else:
         rotate_int8(dst, src, half, cos + offset, sin + offset)
+
+
+@compiled
+def distance_angles(distance, half, cos, sin, coarse_cos, coarse_sin, scratch):
+    """Addresses of cos and sin of a distance, from the tables of `Rope.distance_tables`; scratch: for one
+    row of each."""
+    place, far = 4 * (distance % FINE) * half, 4 * (distance // FINE) * half
+    if far == 0:
+        return cos + place, sin + place
+    # one rotation by the sum of the angles: (c + is)(c' + is'), of pairs (cos, sin)
+    join_angles(scratch, half, cos + place, sin + place, coarse_cos + far, coarse_sin + far)
+    return scratch, scratch + 4 * half
 
 
 @compiled

@@ -20,6 +20,8 @@ import torch
 
 from .cpu_wait import FAILED, LEFT, wait_until
 
+SHARED_BYTES = 1 << 20
+"""Weights below this are read by the calling thread alone: waking another costs more."""
 LOOKS = 300
 """Looks of a helper for its next job, and of the caller for the helpers' end, before they sleep."""
 

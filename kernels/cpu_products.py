@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import binding
 from numba.core import cgutils, types
 
 from .cpu_compile import compiled
-from .cpu_ir import F32, I32, LANES, VEC, Emit, intrinsic
+from .cpu_ir import F32, LANES, VEC, Emit, intrinsic
 from .cpu_tiles import dots_1x1
 
 
@@ -50,14 +50,6 @@ AHEAD_BYTES_OF_TWO = 2 << 10
 _SUM_ROW = GROUP * LANES
 
 
-def _ask_for(builder: Any, address: Any) -> None:
-    """Prefetch one cache line for the second-level cache."""
-    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, *(ir.Constant(I32, n) for n in (0, 2, 1))])
-
-
 def _tile(
     e: Emit, n_x: int, n_w: int, asks: bool, out: Any, ld_out: Any, sums_at: Any, x: Any, ld_x: Any,
     w: Any, ld_w: Any, n_vectors: Any, ahead: Any, begins: Any, tail: Any,
@@ -80,7 +72,7 @@ def _tile(
         if asks:
             n_bytes = builder.add(ahead, builder.mul(offset, e.index(4)))
             for row in w_rows:
-                _ask_for(builder, builder.add(row, n_bytes))
+                e.prefetch(builder.add(row, n_bytes))
         rights = [e.vector(row, offset) for row in w_rows]
         for i in range(n_x):
             left = e.vector(x_rows[i], offset)

@@ -104,13 +104,19 @@ def many_queries(s, head, n_keys, o, lse, size, tiles, keys, values, logits, spa
 
 @compiled
 def _finish(logits, after, c, lse, row):
-    """From base-2 maximum and sum of column c: log-sum-exp (base e) and 1 / sum."""
-    top = logits[after + c]
-    total = logits[after + COLUMNS + c]
+    """Log-sum-exp and 1 / sum of column c."""
+    lse[row], logits[after + 2 * COLUMNS + c] = finish(
+        logits[after + c], logits[after + COLUMNS + c]
+    )
+
+
+@compiled
+def finish(top, total):
+    """From base-2 maximum and sum of a row: log-sum-exp (base e) and 1 / sum."""
     if total > 0.0:
-        lse[row] = np.float32((np.float64(top) + math.log2(total)) * math.log(2.0))
-        logits[after + 2 * COLUMNS + c] = np.float32(1.0) / total
-    else:
-        # a row that sees nothing; NaN keys come here as NaN sums and stay visible as NaN
-        lse[row] = -np.inf if total == 0.0 else np.nan
-        logits[after + 2 * COLUMNS + c] = 0.0 if total == 0.0 else np.nan
+        lse = np.float32((np.float64(top) + math.log2(total)) * math.log(2.0))
+        return lse, np.float32(1.0) / total
+    # a row that sees nothing; NaN keys come here as NaN sums and stay visible as NaN
+    if total == 0.0:
+        return np.float32(-np.inf), np.float32(0.0)
+    return np.float32(np.nan), np.float32(np.nan)

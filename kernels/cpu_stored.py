@@ -13,6 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
+from .cpu_compile import compiled
 from .cpu_ir import F32, I32, I64, Emit, intrinsic
 
 LANES = 8
@@ -28,6 +29,9 @@ RUN_WORDS = 6
 def width_of(n_heads: int) -> int:
     """Logits of one key in a tile."""
     return 4 if n_heads == 3 else n_heads
+
+
+tile_width = compiled(width_of)
 
 
 def _void(n_args: int) -> Any:
@@ -257,7 +261,25 @@ def _softmax(width: int) -> Any:
     return intrinsic(softmax)
 
 
-softmax_1, softmax_2, softmax_4 = (_softmax(width) for width in (1, 2, 4))
+_softmax_1, _softmax_2, _softmax_4 = (_softmax(width) for width in (1, 2, 4))
+
+
+@compiled
+def tile_heads(left: int) -> int:
+    """Heads of the next tile, of so many that are left."""
+    return min(left, HEADS[-1])
+
+
+@compiled
+def softmax_tile(s: int, n_keys: int, width: int, top_out: int, total_out: int) -> None:
+    """`_softmax` of [n_keys][width] logits, which up to 7 of -inf must follow to whole vectors."""
+    n_vectors = (n_keys * width + LANES - 1) // LANES
+    if width == 4:
+        _softmax_4(s, n_vectors, top_out, total_out)
+    elif width == 2:
+        _softmax_2(s, n_vectors, top_out, total_out)
+    else:
+        _softmax_1(s, n_vectors, top_out, total_out)
 
 
 def _switched(make: Callable[[str, int], Any], kinds: Sequence[str] = KINDS) -> Any:

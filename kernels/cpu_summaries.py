@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.stage import LayerPolicy, Stage
 from .cpu_ir import LANES
-from .cpu_pages import as_pages
+from .cpu_pages import KINDS, as_pages
 from .cpu_pool import POOL
 from .cpu_query import query_tiles
 from .cpu_stored import LANES as WIDTH
@@ -24,8 +24,6 @@ from .paged import PagedKV, absent_page
 from .rope import Rope
 from .selection import StagePositions
 from .summaries import Summaries, TableName, check_tables, per_page_of, table_of
-
-_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def summary_scores(
@@ -61,21 +59,20 @@ def summary_scores(
     name = table_of(stage)
     if check_tables([name], view.page_tokens, policy.sink) is not None:
         summaries = None  # these chunks do not lie in pages' slots
-    table, book, held = _table(summaries, name, view, stage.chunk)
+    book, _held = _table(summaries, name, view, stage.chunk)
     bounds = stage.scorer == "bounds"
     n_rows = tiles.shape[1] * tiles.shape[3]
-    settings = np.array([n_kv_heads, n_rows, end, bounds, softmax, 0, 0], dtype=np.int64)
+    settings = np.array([n_kv_heads, end, bounds, softmax, 0, 0], dtype=np.int64)
     scores = torch.empty(n_kv_heads, n_chunks)
     n_dims = head_dim * (2 if bounds else 1)
-    width = 4 if n_rows >= 3 else n_rows
-    lanes = n_rows if tiles.shape[3] > 1 else width * -(-n_rows // 4)
+    # [chunk][row]; few rows in tiles of up to four, each of whole vectors
+    lanes = n_rows if tiles.shape[3] > 1 else 4 * -(-n_rows // 4)
     everything = np.empty((n_kv_heads, (n_chunks + WIDTH) * lanes if softmax else 0), np.float32)
     arguments = (
         scores.numpy(), np.ascontiguousarray(starts.numpy()), where, tiles, fine_cos, fine_sin,
         coarse_cos, coarse_sin, settings, np.float32(stage.spread), book, pages.book, everything,
     )  # fmt: skip
     n_tasks = n_kv_heads * (-(-n_chunks // TILE))
-    del table
     with POOL.lock:
         turned = POOL.scratch("summary-q", (tiles[0].size * 3 + 2 * head_dim,))
         rows = POOL.scratch(
@@ -84,7 +81,6 @@ def summary_scores(
         ints = POOL.scratch("summary-i", (ROWS,), np.int64)
         if POOL.run(worker, arguments, n_tasks, (turned, rows, ints)):
             raise absent_page(view)
-    del held
     return scores
 
 
@@ -106,12 +102,12 @@ def _distances(
 
 def _table(
     summaries: Summaries | None, name: TableName, view: PagedKV, chunk: int
-) -> tuple[Tensor | None, np.ndarray, object]:
-    """The table and its book for compiled code: see `cpu_summary_scores`."""
+) -> tuple[np.ndarray, object]:
+    """A table's book for compiled code, see `cpu_summary_scores`, and what must live as long."""
     table = None if summaries is None else summaries.tables.get(name)
     page_tokens = view.page_tokens
     if table is None or summaries is None:
-        return None, np.array([0, 0, 0, 1, chunk, page_tokens, 0, 0], dtype=np.int64), None
+        return np.array([0, 0, 0, 1, chunk, page_tokens, 0, 0], dtype=np.int64), None
     slots = np.ascontiguousarray(summaries.slots)
     entry_bytes = table.shape[3] * table.shape[4] * table.element_size()
     book = np.array(
@@ -123,8 +119,8 @@ def _table(
             chunk,
             page_tokens,
             entry_bytes,
-            _KINDS[table.dtype],
+            KINDS[table.dtype],
         ],
         dtype=np.int64,
     )
-    return table, book, (table, slots)
+    return book, (table, slots)

@@ -14,23 +14,13 @@ import numpy as np
 
 from .cpu_compile import compiled
 from .cpu_ir import LANES
-from .cpu_memory import (
-    join_angles,
-    load_bfloat16,
-    load_float16,
-    load_float32,
-    peek,
-    prefetch,
-    rotate_float32,
-    split_signs,
-    turn_tile,
-)
-from .cpu_pages import KEY, address, load_row, page_address
+from .cpu_memory import peek, rotate_float32, split_signs, turn_tile
+from .cpu_page_summaries import summarise_run
+from .cpu_pages import KEY, address, distance_angles, load_kind, prefetch_bytes
 from .cpu_stored import LANES as WIDTH
-from .cpu_stored import plain_dots, softmax_1, softmax_2, softmax_4
+from .cpu_stored import plain_dots, softmax_tile, tile_heads, tile_width
 from .cpu_tiles import ROWS, max_dot_6, softmax_columns, tile_6
 from .cpu_wait import FAILED, leave, take_ticket, wait_until
-from .rope import FINE
 
 TILE = 96
 """Chunks of one task."""
@@ -38,7 +28,7 @@ NEAR_BYTES = 4096
 """Most bytes asked for ahead: slots lie apart, and the machine's read-ahead stops at their edges."""
 _BASE, _SLOTS, _READY, _PER_PAGE, _CHUNK, _PAGE_TOKENS, _ENTRY_BYTES, _KIND = range(8)
 """Columns of a table's book."""
-_N_HEADS, _N_ROWS, _END, _BOUNDS, _SOFTMAX, _DONE, _MERGE = range(7)
+_N_HEADS, _END, _BOUNDS, _SOFTMAX, _DONE, _MERGE = range(6)
 """Columns of the settings; the last two count."""
 
 
@@ -66,18 +56,7 @@ def _call_near(start, end, kv_head, n_kv_heads, table):
     src = _entry(start, end, kv_head, n_kv_heads, table)
     if src != 0:
         n = min(WIDTH, peek(table, _PER_PAGE)) * peek(table, _ENTRY_BYTES)
-        for line in range(0, min(n, NEAR_BYTES), 64):
-            prefetch(src + line)
-
-
-@compiled
-def _load_entry(dst, src, n, kind):
-    if kind == 0:
-        load_float32(dst, src, n)
-    elif kind == 1:
-        load_float16(dst, src, n)
-    else:
-        load_bfloat16(dst, src, n)
+        prefetch_bytes(src, min(n, NEAR_BYTES))
 
 
 @compiled
@@ -86,37 +65,10 @@ def _summarise(rows, at_row, start, end, chunk, kv_head, head_dim, bounds, sprea
 
     The last 2 * head_dim floats of rows are scratch.
     """
-    key = len(rows) - head_dim
-    total = key - head_dim
-    last = min(start + chunk, end)
-    for token in range(start, last):
-        src = page_address(token, KEY, kv_head, pages)
-        if src == 0:
-            return False
-        load_row(address(rows) + 4 * key, src, pages)
-        for d in range(head_dim):
-            x = rows[key + d]
-            if token == start:
-                rows[total + d] = x
-                if bounds:
-                    rows[at_row + d] = x
-                    rows[at_row + head_dim + d] = x
-            else:
-                rows[total + d] += x
-                # a NaN stays: every comparison with it is false
-                if bounds and (x > rows[at_row + d] or x != x):
-                    rows[at_row + d] = x
-                if bounds and (x < rows[at_row + head_dim + d] or x != x):
-                    rows[at_row + head_dim + d] = x
-    share = np.float32(1.0) / np.float32(max(1, last - start))
-    for d in range(head_dim):
-        mean = rows[total + d] * share
-        if not bounds:
-            rows[at_row + d] = mean
-        elif spread != 1.0:
-            rows[at_row + d] = mean + spread * (rows[at_row + d] - mean)
-            rows[at_row + head_dim + d] = mean + spread * (rows[at_row + head_dim + d] - mean)
-    return True
+    n = 2 if bounds else 1
+    out = rows[at_row : at_row + n * head_dim].reshape(n, head_dim)
+    scratch = rows[len(rows) - 2 * head_dim :].reshape(2, head_dim)
+    return summarise_run(out, scratch, start, min(start + chunk, end), KEY, kv_head, spread, pages)
 
 
 @compiled
@@ -157,21 +109,6 @@ def worker(state, n_tasks, scores, starts, where, tiles, cos, sin, coarse_cos, c
 
 
 @compiled
-def _turn(dst, src, distance, tile, half, cos, sin, coarse_cos, coarse_sin, angle):
-    """One query, or one tile of 16, rotated by a distance."""
-    at_cos = cos + 4 * (distance % FINE) * half
-    at_sin = sin + 4 * (distance % FINE) * half
-    if distance >= FINE:
-        join_angles(angle, half, at_cos, at_sin, coarse_cos + 4 * (distance // FINE) * half,
-                    coarse_sin + 4 * (distance // FINE) * half)  # fmt: skip
-        at_cos, at_sin = angle, angle + 4 * half
-    if tile:
-        turn_tile(dst, src, half, at_cos, at_sin)
-    else:
-        rotate_float32(dst, src, half, at_cos, at_sin)
-
-
-@compiled
 def _turn_all(kv_head, distance, tiles, cos, sin, coarse_cos, coarse_sin, bounds, turned):
     """All queries of a KV head at a distance, in their positive and negative parts for bounds.
 
@@ -179,11 +116,15 @@ def _turn_all(kv_head, distance, tiles, cos, sin, coarse_cos, coarse_sin, bounds
     """
     n_tiles, head_dim, lanes = tiles.shape[1], tiles.shape[2], tiles.shape[3]
     size = head_dim * lanes
-    angle = address(turned) + 4 * 3 * n_tiles * size
+    half, scratch = head_dim // 2, address(turned) + 4 * 3 * n_tiles * size
+    at_cos, at_sin = distance_angles(distance, half, address(cos), address(sin), address(coarse_cos),
+                                     address(coarse_sin), scratch)  # fmt: skip
     for i in range(n_tiles):
-        dst = address(turned) + 4 * i * size
-        _turn(dst, address(tiles[kv_head, i]), distance, lanes > 1, head_dim // 2, address(cos),
-              address(sin), address(coarse_cos), address(coarse_sin), angle)  # fmt: skip
+        dst, src = address(turned) + 4 * i * size, address(tiles[kv_head, i])
+        if lanes > 1:
+            turn_tile(dst, src, half, at_cos, at_sin)
+        else:
+            rotate_float32(dst, src, half, at_cos, at_sin)
         if bounds:
             split_signs(address(turned) + 4 * (n_tiles + 2 * i) * size, dst, size)
     return address(turned) + (4 * n_tiles * size if bounds else 0)
@@ -197,6 +138,7 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
     n_rows, head_dim = tiles.shape[1], tiles.shape[2]
     n_dims = 2 * head_dim if bounds else head_dim
     sel = kv_head * starts.shape[0] // n_kv_heads
+    backs = where[kv_head * where.shape[0] // n_kv_heads]
     chunk, entry_bytes = peek(table, _CHUNK), peek(table, _ENTRY_BYTES)
     softmax = settings[_SOFTMAX] == 1
     n_chunks = starts.shape[1]
@@ -211,7 +153,7 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
             if softmax:
                 _blank(kv_head, c, last, n_rows, n_chunks, everything)
             return True
-        back = where[sel * where.shape[0] // starts.shape[0], c if where.shape[1] > 1 else 0]
+        back = backs[c if len(backs) > 1 else 0]
         if back != distance:
             distance = back
             queries = _turn_all(
@@ -229,10 +171,7 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
                 n < WIDTH
                 and c + n < last
                 and starts[sel, c + n] == start + n * chunk
-                and (
-                    where.shape[1] == 1
-                    or where[sel * where.shape[0] // starts.shape[0], c + n] == back
-                )
+                and (len(backs) == 1 or backs[c + n] == back)
                 and _entry(start + n * chunk, end, kv_head, n_kv_heads, table)
                 == src + n * entry_bytes
             ):
@@ -243,8 +182,8 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
         for i in range(n):
             scores[kv_head, c + i] = -np.inf
         while h < n_rows:
-            m = min(4, n_rows - h)
-            width = 4 if m == 3 else m
+            m = tile_heads(n_rows - h)
+            width = tile_width(m)
             out = address(rows) + 4 * out_of_rows
             plain_dots(out, queries + 4 * h * n_dims, src, row_bytes, n, n_dims, 4 * kind + m - 1)
             for i in range(n):
@@ -266,8 +205,8 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
 def _blank(kv_head, first, last, n_rows, n_chunks, everything):
     h, at = 0, 0
     while h < n_rows:
-        m = min(4, n_rows - h)
-        width = 4 if m == 3 else m
+        m = tile_heads(n_rows - h)
+        width = tile_width(m)
         for i in range(first * width, last * width):
             everything[kv_head, at + i] = -np.inf
         h += m
@@ -282,6 +221,7 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
     n_tiles, head_dim = tiles.shape[1], tiles.shape[2]
     n_dims = 2 * head_dim if bounds else head_dim
     sel = kv_head * starts.shape[0] // n_kv_heads
+    backs = where[kv_head * where.shape[0] // n_kv_heads]
     chunk = peek(table, _CHUNK)
     softmax = settings[_SOFTMAX] == 1
     n_lanes = n_tiles * LANES
@@ -299,7 +239,7 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
                     for lane in range(n_lanes):
                         everything[kv_head, i * n_lanes + lane] = -np.inf
             return True
-        back = where[sel * where.shape[0] // starts.shape[0], c if where.shape[1] > 1 else 0]
+        back = backs[c if len(backs) > 1 else 0]
         if back != distance:
             distance = back
             queries = _turn_all(
@@ -310,13 +250,11 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
             n < ROWS
             and c + n < last
             and starts[sel, c + n] >= 0
-            and (
-                where.shape[1] == 1 or where[sel * where.shape[0] // starts.shape[0], c + n] == back
-            )
+            and (len(backs) == 1 or backs[c + n] == back)
         ):
             src = _entry(starts[sel, c + n], end, kv_head, n_kv_heads, table)
             if src != 0:
-                _load_entry(address(rows) + 4 * n * n_dims, src, n_dims, peek(table, _KIND))
+                load_kind(address(rows) + 4 * n * n_dims, src, n_dims, peek(table, _KIND))
             elif not _summarise(rows, n * n_dims, starts[sel, c + n], end, chunk, kv_head, head_dim, bounds,
                                 spread, pages):  # fmt: skip
                 return False
@@ -375,19 +313,12 @@ def _shares(kv_head, starts, scores, settings, everything, tiles, rows):
     else:
         n_rows, h, at = tiles.shape[1], 0, 0
         while h < n_rows:
-            m = min(4, n_rows - h)
-            width = 4 if m == 3 else m
+            m = tile_heads(n_rows - h)
+            width = tile_width(m)
             n = n_chunks * width
-            padded = (n + WIDTH - 1) // WIDTH * WIDTH
-            for i in range(n, padded):
+            for i in range(n, (n + WIDTH - 1) // WIDTH * WIDTH):
                 everything[kv_head, at + i] = -np.inf
-            s = address(everything[kv_head]) + 4 * at
-            if width == 4:
-                softmax_4(s, padded // WIDTH, top, total)
-            elif width == 2:
-                softmax_2(s, padded // WIDTH, top, total)
-            else:
-                softmax_1(s, padded // WIDTH, top, total)
+            softmax_tile(address(everything[kv_head]) + 4 * at, n_chunks, width, top, total)
             for c in range(n_chunks):
                 for g in range(m):
                     x = everything[kv_head, at + c * width + g] / rows[at_ends + LANES + g]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba.core import cgutils, types
 
 from .cpu_ir import F32, I64, LANES, Emit, intrinsic
@@ -135,7 +134,7 @@ def _dots(n_x: int, n_w: int) -> Any:
     return intrinsic(dots)
 
 
-dots_1x6, dots_1x3, dots_1x1, dots_2x2 = _dots(1, 6), _dots(1, 3), _dots(1, 1), _dots(2, 2)
+dots_1x6, dots_1x3, dots_1x1 = _dots(1, 6), _dots(1, 3), _dots(1, 1)
 
 
 @intrinsic
@@ -168,32 +167,3 @@ def softmax_columns(
         return context.get_dummy_value()
 
     return _void(5), codegen
-
-
-@intrinsic
-def softmax_row(typing: Any, s: Any, n_tiles: Any, top_out: Any, total_out: Any) -> Any:
-    """The same for one row of 16 * n_tiles contiguous floats; one float each to the two outputs."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        s, n_tiles, top_out, total_out = args
-        e = Emit(builder)
-        lowest = e.const(float("-inf"))
-        state = cgutils.alloca_once_value(builder, lowest)
-        with cgutils.for_range(builder, n_tiles) as loop:
-            value = e.vector(s, builder.mul(loop.index, e.index(LANES)))
-            builder.store(e.maximum(builder.load(state), value), state)
-        top = e.reduce("max", builder.load(state))
-        e.store(top, top_out, e.index(0), F32)
-        least = ir.Constant(F32, float("-inf"))
-        safe = builder.select(builder.fcmp_ordered("==", top, least), ir.Constant(F32, 0.0), top)
-        shift = e.splat(safe)
-        builder.store(e.const(0.0), state)
-        with cgutils.for_range(builder, n_tiles) as loop:
-            at = builder.mul(loop.index, e.index(LANES))
-            value = e.exp2(builder.fsub(e.vector(s, at), shift))
-            e.store(value, s, at)
-            builder.store(builder.fadd(builder.load(state), value), state)
-        e.store(e.reduce("add", builder.load(state)), total_out, e.index(0), F32)
-        return context.get_dummy_value()
-
-    return _void(4), codegen
