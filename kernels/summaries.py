@@ -7,7 +7,8 @@ that share pages share them. A chunk longer than a page lies in the slot of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,11 @@ def per_page_of(chunk: int, page_tokens: int) -> int:
     return max(1, page_tokens // chunk)
 
 
+def pages_of(chunk: int, page_tokens: int) -> int:
+    """Pages of one summary, if it is longer than a page; else 1."""
+    return max(1, chunk // page_tokens)
+
+
 def table_shape(
     name: TableName, n_slots: int, n_kv_heads: int, page_tokens: int, head_dim: int
 ) -> tuple[int, ...]:
@@ -124,41 +130,30 @@ def chunk_summaries(name: TableName, view: PagedKV, starts: Tensor, end: int) ->
     return summarise(kind, keys, sizes, spread)
 
 
-def page_summaries(
-    name: TableName, view: PagedKV, first_page: int, last_page: int
-) -> tuple[int, Tensor]:
-    """Summaries that pages [first_page, last_page) complete, ready to be put into slots.
+def page_summaries(name: TableName, view: PagedKV, first_page: int, last_page: int) -> Tensor:
+    """Summaries that pages [first_page, last_page) complete, ready to be `put` into slots.
 
-    Returns the first page that gets one and [n_pages, Hkv, ...] as `table_shape` says. Chunks longer
-    than a page come with their last page: only these pages are returned, `step` apart (see `put`).
+    Returns float32 [n, Hkv, ...] as `table_shape` says: one for each page, or for each last page of a chunk
+    that is longer.
     """
     kind, chunk, spread = name
     page_tokens, n_heads = view.page_tokens, view.n_kv_heads
     if cpu_page_summaries is not None and last_page * page_tokens <= view.n_tokens:
-        made = cpu_page_summaries.page_summaries(kind, chunk, spread, view, first_page, last_page)
+        made: Tensor | None = cpu_page_summaries.page_summaries(
+            kind, chunk, spread, view, first_page, last_page
+        )
         if made is not None:
-            return first_page, made
-    step = max(1, chunk // page_tokens)
+            return made
+    step = pages_of(chunk, page_tokens)
     # the chunks whose last page is among these
-    first_chunk = (first_page // step) * step * page_tokens // chunk
-    last_chunk = (last_page // step) * step * page_tokens // chunk
-    starts = torch.arange(first_chunk * chunk, last_chunk * chunk, chunk).expand(n_heads, -1)
-    per_page = per_page_of(chunk, page_tokens)
-    pieces = []
-    n_piece = max(1, PIECE_TOKENS // (chunk * per_page)) * per_page
-    for i in range(0, starts.shape[1], n_piece):
-        part = starts[:, i : i + n_piece]
-        made = chunk_summaries(name, view, part, view.n_tokens)
-        if kind == "tail":
-            values = gather_blocks(view, part, chunk, "v").unflatten(1, (-1, chunk))
-            made = torch.cat((made, values.mean(dim=2, keepdim=True)), dim=2)
-        pieces.append(made)
-    if not pieces:
-        return last_page, torch.zeros(table_shape(name, 0, n_heads, page_tokens, view.head_dim))
-    rows = torch.cat(pieces, dim=1).unflatten(1, (-1, per_page)).transpose(0, 1)
+    first, last = (page // step * step * page_tokens for page in (first_page, last_page))
+    starts = torch.arange(first, last, chunk).expand(n_heads, -1)
+    rows = chunk_summaries(name, view, starts, view.n_tokens)
     if kind == "tail":
-        rows = rows.transpose(2, 3)
-    return (first_page // step) * step + step - 1, rows.contiguous()
+        values = gather_blocks(view, starts, chunk, "v").unflatten(1, (-1, chunk))
+        rows = torch.cat((rows, values.mean(dim=2, keepdim=True)), dim=2)
+    by_page: Tensor = rows.unflatten(1, (-1, per_page_of(chunk, page_tokens))).transpose(0, 1)
+    return (by_page.transpose(2, 3) if kind == "tail" else by_page).contiguous()
 
 
 def put(
@@ -169,31 +164,51 @@ def put(
     rows: Tensor,
     page_tokens: int,
 ) -> None:
-    """Store what `page_summaries` returned; slots: of the row's pages."""
-    step = max(1, name[1] // page_tokens)
-    pages = np.arange(first_page, first_page + step * len(rows), step)
+    """Store what `page_summaries` made of pages from first_page on; slots: of the row's pages."""
+    step = pages_of(name[1], page_tokens)
+    last_of_chunk = first_page // step * step + step - 1
+    pages = last_of_chunk + step * np.arange(len(rows))
     table[torch.from_numpy(slots[pages])] = rows.to(table.dtype)
+
+
+def pieces(
+    name: TableName, first_page: int, last_page: int, page_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """Ranges of pages to summarise one after the other: PIECE_TOKENS at once, whole chunks."""
+    step = pages_of(name[1], page_tokens)
+    n_pages = max(step, PIECE_TOKENS // page_tokens // step * step)
+    edges = [first_page, *range(first_page // step * step + n_pages, last_page, n_pages), last_page]
+    return itertools.pairwise(edges)
+
+
+def fill_table(
+    table: Tensor,
+    name: TableName,
+    view: PagedKV,
+    slots: np.ndarray,
+    first_page: int,
+    last_page: int,
+) -> None:
+    """Summarise the row's pages [first_page, last_page) from their keys into their slots."""
+    for first, last in pieces(name, first_page, last_page, view.page_tokens):
+        rows = page_summaries(name, view, first, last)
+        put(table, name, slots, first, rows, view.page_tokens)
+
+
+def empty_table(name: TableName, view: PagedKV, n_slots: int) -> Tensor:
+    """A table for summaries of keys like the view's."""
+    shape = table_shape(name, n_slots, view.n_kv_heads, view.page_tokens, view.head_dim)
+    return torch.zeros(shape, dtype=table_dtype(name[0], view.kv_dtype))
 
 
 def summarise_pages(view: PagedKV, policy: LayerPolicy, n_pages: int | None = None) -> Summaries:
     """All summaries that a policy reads, of a view's full pages: for tests and benchmarks."""
     n_pages = view.n_tokens // view.page_tokens if n_pages is None else n_pages
     slots = np.arange(n_pages)
-    tables = {}
-    for name in tables_of(policy):
-        shape = table_shape(name, n_pages, view.n_kv_heads, view.page_tokens, view.head_dim)
-        table = torch.zeros(shape, dtype=table_dtype(name[0], view.kv_dtype))
-        for first in range(0, n_pages, _pages_at_once(name[1], view.page_tokens)):
-            last = min(n_pages, first + _pages_at_once(name[1], view.page_tokens))
-            at, rows = page_summaries(name, view, first, last)
-            put(table, name, slots, at, rows, view.page_tokens)
-        tables[name] = table
+    tables = {name: empty_table(name, view, n_pages) for name in tables_of(policy)}
+    for name, table in tables.items():
+        fill_table(table, name, view, slots, 0, n_pages)
     return Summaries(tables, slots, n_pages, view.page_tokens)
-
-
-def _pages_at_once(chunk: int, page_tokens: int) -> int:
-    step = max(1, chunk // page_tokens)
-    return max(step, PIECE_TOKENS // page_tokens // step * step)
 
 
 def check_tables(names: Iterable[TableName], page_tokens: int, sink: int) -> str | None:

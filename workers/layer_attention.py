@@ -103,7 +103,7 @@ class LayerAttention:
         return selection
 
     def _summaries(self, layer: int, row: Row, view: PagedKV) -> Summaries | None:
-        ready, made = self._index.summaries(layer, row, view, self.flow.versions_of(row))
+        ready, made = self._index.summaries(layer, row, view, self.flow.versions_of)
         self.pages.note_in_place(layer, row, np.arange(made.start, made.stop))
         return ready
 

@@ -117,10 +117,7 @@ class Retriever:
         while len(context.slots) < last_page:
             context.slots.append(self._new_slot())
         slots = np.array(context.slots, dtype=np.int64)
-        name = self._pool.names[layer][0]
-        step = max(1, name[1] // self._page_tokens)
-        at = first_page // step * step + step - 1
-        self._pool.put(layer, name, slots, at, rows)
+        self._pool.put(layer, self._pool.names[layer][0], slots, first_page, rows)
         added = slots[first_page:last_page]
         self._pool.mark(layer, added, self._versions(added))
         context.n_pages[layer] = max(context.n_pages[layer], last_page)

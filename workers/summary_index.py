@@ -6,7 +6,7 @@ page, and handed to the selection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ..core.config import RetrieverConfig
 from ..core.stage import LayerPolicy
-from ..kernels.ops import PagedKV, Summaries, candidate_end, gather_tokens, page_summaries
+from ..kernels.ops import (
+    PagedKV,
+    Summaries,
+    candidate_end,
+    gather_tokens,
+    page_summaries,
+    pages_of,
+    pieces,
+)
 from ..kvstore.placement import rendezvous
 from ..kvstore.transport import Channel, connect
 from .retriever import first_tables, summary_tables
@@ -62,25 +70,29 @@ class SummaryIndex:
                 self._known.clear()
 
     def summaries(
-        self, layer: int, row: Row, view: PagedKV, versions: np.ndarray
+        self, layer: int, row: Row, view: PagedKV, versions_of: Callable[[Row], np.ndarray]
     ) -> tuple[Summaries | None, range]:
         """Ready summaries of all full pages of the view, and the pages whose keys were read to make
-        those that were missing. versions: of the row's pages, so that summaries of a page number's
-        former page do not count."""
+        those that were missing. versions_of: a row's pages, so that summaries of a page number's former
+        page do not count."""
         if not self._pool.names[layer]:
             return None, range(0)
         n_pages = view.n_tokens // self._page_tokens
         slots = row.page_ids.array
         here = self._here.setdefault(row.row_id, {})
-        first = here.get(layer)
-        if first is None:
-            first = self._pool.n_ready(layer, slots[:n_pages], versions[:n_pages])
+        first = here.get(layer, -1)
         made = range(0)
+        if first >= n_pages:
+            return self._pool.summaries(layer, slots, first), made
+        versions = versions_of(row)
+        if first < 0:
+            first = self._pool.n_ready(layer, slots[:n_pages], versions[:n_pages])
         if first < n_pages:
             self._pool.fill(layer, view, slots, versions, first, n_pages)
             # a summary of several pages is made with its last one
-            longest = max(1, max(name[1] for name in self._pool.names[layer]) // self._page_tokens)
-            made = range(first // longest * longest, n_pages)
+            longest = max(name[1] for name in self._pool.names[layer])
+            step = pages_of(longest, self._page_tokens)
+            made = range(first // step * step, n_pages)
         here[layer] = max(first, n_pages)
         return self._pool.summaries(layer, slots, here[layer]), made
 
@@ -115,10 +127,12 @@ class SummaryIndex:
         first = known.get(layer, 0)
         if first >= n_pages:
             return
-        _, rows = page_summaries(self._first[layer][0], view, first, n_pages)
-        header = {"context_id": row.row_id, "layer": layer, "first_page": first}
-        header |= {"last_page": n_pages, "shape": list(rows.shape)}
-        self._call(row, "add", header, rows)
+        name = self._first[layer][0]
+        for begin, end in pieces(name, first, n_pages, self._page_tokens):
+            rows = page_summaries(name, view, begin, end)
+            header = {"context_id": row.row_id, "layer": layer, "first_page": begin}
+            header |= {"last_page": end, "shape": list(rows.shape)}
+            self._call(row, "add", header, rows)
         known[layer] = n_pages
 
     def _open(self, row: Row) -> dict[int, int]:
@@ -163,7 +177,6 @@ class SummaryIndex:
 
     def forget(self, layer: int, row: Row) -> None:
         """The row's pages were read badly: what was made of them is made again."""
-        self._here.pop(row.row_id, None)
         self._pool.forget(layer, row.page_ids.array)
         self.close(row)
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..kernels.ops import PagedKV, Summaries, TableName, page_summaries, put_summaries, table_dtype
+from ..kernels.ops import (
+    PagedKV,
+    Summaries,
+    TableName,
+    empty_table,
+    fill_table,
+    put_summaries,
+)
 
 
 class SummaryPool:
@@ -43,25 +49,28 @@ class SummaryPool:
     ) -> None:
         """Make the summaries of the row's pages [first, last) from their keys."""
         for name in self.names[layer]:
-            at, rows = page_summaries(name, view, first, last)
-            dtype = table_dtype(name[0], view.kv_dtype)
-            self.put(layer, name, slots, at, rows.to(dtype))
+            table = self._table(layer, name, slots, empty_table(name, view, 0))
+            fill_table(table, name, view, slots, first, last)
         self.mark(layer, slots[first:last], versions[first:last])
 
     def put(
         self, layer: int, name: TableName, slots: np.ndarray, first_page: int, rows: Tensor
     ) -> None:
-        """Rows of `page_summaries`; they count once `mark` was called for their pages."""
-        if not len(rows):
-            return
+        """What `page_summaries` made of the pages from first_page on; it counts once `mark` was called
+        for them."""
+        table = self._table(layer, name, slots, rows)
+        put_summaries(table, name, slots, first_page, rows, self._page_tokens)
+
+    def _table(self, layer: int, name: TableName, slots: np.ndarray, like: Tensor) -> Tensor:
+        """With room for these slots; `like`: summaries of the kind it holds."""
         table = self._tables[layer].get(name)
-        n_slots = max(len(self._filled[layer]), int(slots.max()) + 1)
+        n_slots = max(len(self._filled[layer]), int(slots.max()) + 1, 64)
         if table is None or len(table) < n_slots:
-            grown = torch.zeros(max(n_slots, 64), *rows.shape[1:], dtype=rows.dtype)
+            grown = like.new_zeros(n_slots, *like.shape[1:])
             if table is not None:
                 grown[: len(table)] = table
             self._tables[layer][name] = table = grown
-        put_summaries(table, name, slots, first_page, rows, self._page_tokens)
+        return table
 
     def mark(self, layer: int, slots: np.ndarray, versions: np.ndarray) -> None:
         self._grow(layer, int(slots.max(initial=-1)) + 1)

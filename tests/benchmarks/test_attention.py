@@ -20,11 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB_OF_PAGES = 4 << 20
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 @pytest.fixture
 def attention() -> ModuleType:
     return importlib.import_module("benchmarks.attention")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,15 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from longreach.workers.embedded import ensure_embedded_model
-
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 1000
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.fixture
@@ -32,24 +24,6 @@ def needles() -> ModuleType:
 @pytest.fixture
 def speed() -> ModuleType:
     return importlib.import_module("benchmarks.speed")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four random layers under the embedded model's tokenizer: the whole path at no cost."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    embedded, directory = ensure_embedded_model(), tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.from_pretrained(embedded)
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 4, 64, 64
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
-    config.layer_types = None
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, directory)
-    return directory
 
 
 def _run(module: ModuleType, tiny: Path, out: Path, *more: str) -> dict[str, Any]:

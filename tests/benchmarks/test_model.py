@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,20 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from longreach.core.config import Config
-from longreach.workers.embedded import ensure_embedded_model, find_embedded_gguf
+from longreach.workers.embedded import find_embedded_gguf
 from longreach.workers.prompt import PromptBuilder
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.fixture
@@ -39,24 +30,6 @@ def model() -> ModuleType:
 @pytest.fixture
 def llama() -> ModuleType:
     return importlib.import_module("benchmarks.llama_cpp")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two random layers under the embedded model's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    embedded, directory = ensure_embedded_model(), tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.from_pretrained(embedded)
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 4, 64, 64
-    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
-    config.layer_types = None
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, directory)
-    return directory
 
 
 def _row(tokens: int, prefill_s: float, decode_ms: float) -> dict[str, Any]:

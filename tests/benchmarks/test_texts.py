@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _count(text: str) -> int:
@@ -17,8 +14,7 @@ def _count(text: str) -> int:
 
 
 @pytest.fixture
-def texts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT))
+def texts() -> ModuleType:
     return importlib.import_module("benchmarks.texts")
 
 

@@ -9,7 +9,14 @@ import torch
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
 from longreach.kernels import summaries
-from longreach.kernels.summaries import check_tables, page_summaries, put, table_shape
+from longreach.kernels.summaries import (
+    check_tables,
+    fill_table,
+    page_summaries,
+    pieces,
+    put,
+    table_shape,
+)
 
 NAMES = [
     ("bounds", 8, 1.0),
@@ -28,15 +35,15 @@ def test_both_paths_make_what_the_keys_say(paged, monkeypatch, name, dtype, head
     kind, chunk, spread = name
     k, v = torch.randn(2, 3, 700, head_dim).unbind(0)
     view, k, v = paged(k, v, 64, dtype, n_memories=2)
-    at, rows = page_summaries(name, view, 2, 9)
+    rows = page_summaries(name, view, 2, 9)
     with monkeypatch.context() as patch:
         patch.setattr(summaries, "cpu_page_summaries", None)
-        other_at, other = page_summaries(name, view, 2, 9)
-    assert other_at == at
+        other = page_summaries(name, view, 2, 9)
     torch.testing.assert_close(rows, other, atol=1e-5, rtol=1e-5)
-    step = max(1, chunk // 64)
-    for i in range(len(rows)):
-        page = at + i * step
+    # the last pages of the chunks that end among pages 2 to 8
+    last_pages = {128: [3, 5, 7], 256: [3, 7]}.get(chunk, range(2, 9))
+    assert len(rows) == len(last_pages)
+    for i, page in enumerate(last_pages):
         first = (page + 1) * 64 - chunk if chunk > 64 else page * 64
         run = k[:, first : first + chunk]
         got = rows[i, :, :, 0] if kind == "tail" else rows[i, :, 0]
@@ -56,19 +63,33 @@ def test_pages_at_once_and_one_by_one_fill_the_same_table(path, paged, name):
     view, _, _ = paged(k, v)
     slots = torch.randperm(12).numpy()[:10]
     tables = [torch.zeros(table_shape(name, 12, 2, 64, 32)) for _ in range(2)]
-    at, rows = page_summaries(name, view, 0, 10)
-    put(tables[0], name, slots, at, rows, 64)
+    put(tables[0], name, slots, 0, page_summaries(name, view, 0, 10), 64)
     for page in range(10):
-        at, rows = page_summaries(name, view, page, page + 1)
-        put(tables[1], name, slots, at, rows, 64)
+        put(tables[1], name, slots, page, page_summaries(name, view, page, page + 1), 64)
     torch.testing.assert_close(tables[0], tables[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [0, 3, 4, 9])
+def test_pieces_fill_what_one_sweep_does(path, paged, monkeypatch, name, first):
+    monkeypatch.setattr(summaries, "PIECE_TOKENS", 192)
+    k, v = torch.randn(2, 2, 1024, 32).unbind(0)
+    view, _, _ = paged(k, v)
+    slots, shape = np.arange(16)[::-1].copy(), table_shape(name, 16, 2, 64, 32)
+    whole, parts = torch.zeros(shape), torch.zeros(shape)
+    put(whole, name, slots, first, page_summaries(name, view, first, 15), 64)
+    fill_table(parts, name, view, slots, first, 15)
+    ranges = list(pieces(name, first, 15, 64))
+    assert len(ranges) > 1
+    assert [ranges[0][0], ranges[-1][1]] == [first, 15]
+    torch.testing.assert_close(parts, whole)
 
 
 def test_what_is_not_finite_shows(path, paged):
     k = torch.randn(1, 128, 16)
     k[0, 70, 3] = torch.nan
     view, _, _ = paged(k, k)
-    _, rows = page_summaries(("bounds", 8, 0.4), view, 0, 2)
+    rows = page_summaries(("bounds", 8, 0.4), view, 0, 2)
     assert bool(rows[1, 0, 0, :, 3].isnan().all())
     assert not bool(rows[0].isnan().any())
 
