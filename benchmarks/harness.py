@@ -245,6 +245,16 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def pyplot() -> Any | None:
+    """matplotlib's, drawing into files; None where it is not installed."""
+    try:
+        from matplotlib import pyplot as made
+    except ModuleNotFoundError:
+        return None
+    made.switch_backend("Agg")
+    return made
+
+
 def console() -> Console:
     """A terminal as it is; a file or a pipe gets room for the tables."""
     made = Console(highlight=False, markup=False)

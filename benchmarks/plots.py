@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from . import harness
 from .attention_parts import Row, refresh_weights
 
 WANTED_RATIOS = {1 << 20: 120.0, 256 << 10: 30.0}
@@ -177,13 +178,9 @@ def stacked_us(row: Row, policy: Row) -> dict[str, float]:
 
 def draw(result: Row, path: Path) -> Path | None:
     """Decode per layer by context, and its parts under the first policy. None without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    pyplot = harness.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     geometries = list(dict.fromkeys(row["geometry"] for row in result["decode"]))
     figure, axes = pyplot.subplots(
         len(geometries), 2, figsize=(13, 4.6 * len(geometries)), squeeze=False

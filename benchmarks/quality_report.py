@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from . import harness
 from .quality_settings import FEW
 
 Row = dict[str, Any]
@@ -86,13 +87,9 @@ def _n(value: float) -> str:
 
 def draw(result: Row, path: Path) -> Path | None:
     """Mass kept and error by budget, single queries, one line per setting. None without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    pyplot = harness.pyplot()
+    if pyplot is None:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = [s for s in result["studies"] if s["name"] in ("budget", "preset")]
     if not shown:
         return None

@@ -28,6 +28,11 @@ def model() -> ModuleType:
 
 
 @pytest.fixture
+def report() -> ModuleType:
+    return importlib.import_module("benchmarks.model_report")
+
+
+@pytest.fixture
 def llama() -> ModuleType:
     return importlib.import_module("benchmarks.llama_cpp")
 
@@ -46,10 +51,10 @@ def _quadratic(n: int) -> dict[str, Any]:
     return _row(n, 2e-3 * n + 1e-7 * n * n, 5.0 + 1e-3 * n)
 
 
-def test_what_lies_beyond_follows_exactly_from_exact_rows(model: ModuleType) -> None:
+def test_what_lies_beyond_follows_exactly_from_exact_rows(report: ModuleType) -> None:
     lengths = (2048, 4096, 8192, 32768, 131072)
     rows = [_quadratic(n) for n in lengths[:3]]
-    beyond = model.extrapolated(rows, lengths)
+    beyond = report.extrapolated(rows, lengths)
     assert [row["tokens"] for row in beyond] == [32768, 131072]
     for row in beyond:
         exact = _quadratic(row["tokens"])
@@ -62,15 +67,15 @@ def test_what_lies_beyond_follows_exactly_from_exact_rows(model: ModuleType) -> 
     assert beyond[0]["fit"]["decode_ms"] == pytest.approx([5.0, 1e-3], rel=1e-6)
 
 
-def test_the_fit_is_of_least_squares(model: ModuleType) -> None:
+def test_the_fit_is_of_least_squares(report: ModuleType) -> None:
     """Three points that no line meets: errors +1, -2, +1 about the best one."""
-    assert model.fit((1, 2, 3), (1.0, 0.0, 3.0), (0, 1)) == pytest.approx([-2 / 3, 1.0])
+    assert report.fit((1, 2, 3), (1.0, 0.0, 3.0), (0, 1)) == pytest.approx([-2 / 3, 1.0])
 
 
-def test_nothing_follows_from_one_row_or_from_times_that_fall(model: ModuleType) -> None:
-    assert model.extrapolated([_quadratic(2048)], (2048, 4096)) == []
+def test_nothing_follows_from_one_row_or_from_times_that_fall(report: ModuleType) -> None:
+    assert report.extrapolated([_quadratic(2048)], (2048, 4096)) == []
     disturbed = [_row(1024, 5.0, 90.0), _row(2048, 5.5, 10.0)]
-    assert model.extrapolated(disturbed, (1024, 2048, 131072)) == []
+    assert report.extrapolated(disturbed, (1024, 2048, 131072)) == []
 
 
 def test_what_must_be_extrapolated_is_measured_at_more_lengths(model: ModuleType) -> None:
@@ -78,33 +83,33 @@ def test_what_must_be_extrapolated_is_measured_at_more_lengths(model: ModuleType
     assert model.measurable((3000, 32768), 8192) == [2048, 3000, 4096, 8192]
 
 
-def test_the_margin_is_the_rate_of_the_new_part(model: ModuleType) -> None:
+def test_the_margin_is_the_rate_of_the_new_part(report: ModuleType) -> None:
     rows = [_row(1000, 1.0, 5.0), _row(3000, 5.0, 5.0), _row(4000, 4.9, 5.0)]
-    made = model.margins(rows)
+    made = report.margins(rows)
     # a longer text that took less time says nothing about its end
     assert [row["marginal_tokens_per_s"] for row in made] == [1000.0, 500.0, None]
     assert [row["prefill_s"] for row in made] == [1.0, 5.0, 4.9]
     # a text that grew: its row is of the 2,000 new tokens, the whole counts all that was read
     rows = [_row(1000, 1.0, 5.0), {**_row(3000, 4.0, 5.0), "prefill_tokens_per_s": 500.0}]
-    made = model.margins(rows, grown=True)
+    made = report.margins(rows, grown=True)
     assert [row["marginal_tokens_per_s"] for row in made] == [1000.0, 500.0]
     assert made[1]["prefill_s"] == 5.0
     assert made[1]["part_prefill_s"] == 4.0
     assert made[1]["prefill_tokens_per_s"] == 600.0
 
 
-def test_the_better_llama_counts_and_ours_is_compared_with_it(model: ModuleType) -> None:
-    flash, plain = model.WAYS
+def test_the_better_llama_counts_and_ours_is_compared_with_it(report: ModuleType) -> None:
+    flash, plain = report.WAYS
     measured = {
         "longreach dev": [_row(1024, 1.0, 10.0), _row(2048, 2.0, 10.0), _row(32768, 40.0, 10.0)],
         flash: [_row(1024, 2.0, 30.0), _row(2048, 8.0, 60.0)],
         plain: [_row(1024, 4.0, 20.0), _row(2048, 16.0, 40.0)],
     }
-    systems = model.completed(measured, (1024, 2048, 32768), grown=False)
+    systems = report.completed(measured, (1024, 2048, 32768), grown=False)
     assert list(systems) == ["longreach dev", "llama.cpp"]
     theirs = systems["llama.cpp"]
     assert [(r["prefill_s"], r["decode_ms"]["median"]) for r in theirs[:2]] == [(2, 20), (8, 40)]
-    first, second, last = model.ratios(systems)
+    first, second, last = report.ratios(systems)
     assert (first["prefill"], first["decode"], first["extrapolated"]) == (2.0, 2.0, False)
     assert (second["prefill"], second["decode"]) == (4.0, 4.0)
     assert first["wanted"] == {}
@@ -112,28 +117,28 @@ def test_the_better_llama_counts_and_ours_is_compared_with_it(model: ModuleType)
     assert last["wanted"] == {"prefill": 5, "decode": 5}
     # flash: s = 2 (n / 1024)^2; without: ms = 20 n / 1024
     assert (last["prefill"], last["decode"]) == (51.2, 64.0)
-    cells = [list(column.cells) for column in model.ratios_table(model.ratios(systems)).columns]
+    cells = [list(column.cells) for column in report.ratios_table(report.ratios(systems)).columns]
     assert cells[3] == ["2.00", "4.00", "~51.20"]
     assert cells[6] == ["", "", "≥ 5"]
 
 
-def test_extrapolated_rows_are_marked_and_drawn_dashed(model: ModuleType, tmp_path: Path) -> None:
-    measured = {model.DENSE: [_quadratic(1024), _quadratic(2048)]}
-    for row in measured[model.DENSE]:
+def test_extrapolated_rows_are_marked_and_drawn_dashed(report: ModuleType, tmp_path: Path) -> None:
+    measured = {report.DENSE: [_quadratic(1024), _quadratic(2048)]}
+    for row in measured[report.DENSE]:
         row |= {"ttft_s": 1.0, "peak_resident_bytes": 1 << 20}
         row["decode_ms"] |= {"mean": 1.0, "max": 2.0, "max_over_median": 2.0}
-    systems = model.completed(measured, (1024, 2048, 4096), grown=False)
-    rates = list(model.rows_table(systems).columns[2].cells)
+    systems = report.completed(measured, (1024, 2048, 4096), grown=False)
+    rates = list(report.rows_table(systems).columns[2].cells)
     assert [cell.startswith("~") for cell in rates] == [False, False, True]
     pytest.importorskip("matplotlib")
-    model.plot(systems, tmp_path / "model.png")
+    report.plot(systems, tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_matplotlib_is_named(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_named(report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"pip install matplotlib.*--no-plot"):
-        model.pyplot()
+        report.pyplot()
 
 
 def test_prompts_have_the_lengths_asked_and_share_their_beginning(model: ModuleType) -> None:
@@ -184,10 +189,14 @@ def _run(model: ModuleType, tiny: Path, out: Path, *more: str) -> dict[str, Any]
 
 
 def test_each_length_is_read_whole_and_compared_with_dense(
-    model: ModuleType, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: ModuleType,
+    report: ModuleType,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = _run(model, tiny, tmp_path / "model.json")
-    mine, dense = result["systems"]["longreach dev"], result["systems"][model.DENSE]
+    mine, dense = result["systems"]["longreach dev"], result["systems"][report.DENSE]
     for rows in (mine, dense):
         assert [row["tokens_prefilled"] for row in rows] == [320, 512]
         for row in rows:
