@@ -22,6 +22,7 @@ from longreach.kvstore.page_client import PageClient
 from longreach.kvstore.store_service import StoreService
 from longreach.kvstore.transport import serve
 from longreach.workers.engine import Engine
+from longreach.workers.memory import keep_for_good
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_dir, model_geometry, policies_of, recipe_for
 from longreach.workers.prompt import Prompt, PromptBuilder
@@ -159,7 +160,9 @@ def open_session(config: Config, model: ModelAdapter, prompts: PromptBuilder) ->
 
 def load_model(config: Config) -> tuple[ModelAdapter, PromptBuilder]:
     use_threads(config.model.n_threads)
-    return ModelAdapter(model_dir(config.model)), PromptBuilder(config)
+    loaded = ModelAdapter(model_dir(config.model)), PromptBuilder(config)
+    keep_for_good()  # as a decode worker does
+    return loaded
 
 
 def scaled_down(config: Config) -> list[str]:

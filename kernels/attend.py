@@ -211,38 +211,3 @@ def merge_torch(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         out += weight[..., None] * partial
         total += weight
     return out / total.clamp(min=1e-37)[..., None], safe_top + total.log()
-
-
-def mass_kept(
-    q: Tensor,
-    q_pos: int,
-    view: PagedKV,
-    segments: Segments,
-    policy: LayerPolicy,
-    rope: Rope,
-    scale: float,
-    head: int,
-) -> float:
-    """Audit: share of the dense softmax mass (true positions) on the keys that are attended.
-
-    q: [H, 1, D] unrotated, at position q_pos; head: the query head looked at. All pages of the
-    context must be readable. Reads q_pos + 1 keys of one KV head.
-    """
-    kv_head = head // (q.shape[0] // view.n_kv_heads)
-    one = PagedKV(
-        view.memories,
-        view.memory[kv_head : kv_head + 1],
-        view.row[kv_head : kv_head + 1],
-        view.page_tokens,
-        view.n_tokens,
-    )
-    ids = torch.arange(q_pos + 1)
-    keys = rope.rotate(gather_tokens(one, ids)[0], ids)
-    weights = torch.softmax(keys @ rope.rotate(q[head, 0].float(), q_pos) * scale, dim=0)
-    attended = torch.zeros(q_pos + 1, dtype=torch.bool)
-    for segment in segments:
-        starts = segment.starts if segment.starts.dim() == 1 else segment.starts[kv_head]
-        tokens = block_token_ids(starts, segment.block_tokens)
-        seen = visible(segment, tokens, torch.tensor([q_pos]), policy)[0]
-        attended[tokens[seen]] = True
-    return float(weights[attended].sum())

@@ -17,8 +17,7 @@ from .cpu_ir import LANES
 from .cpu_pages import KINDS, as_pages
 from .cpu_pool import POOL
 from .cpu_query import query_tiles
-from .cpu_stored import LANES as WIDTH
-from .cpu_summary_scores import TILE, worker
+from .cpu_summary_scores import SPARE, TILE, worker
 from .cpu_tiles import ROWS
 from .paged import PagedKV, absent_page
 from .rope import Rope
@@ -61,27 +60,48 @@ def summary_scores(
         summaries = None  # these chunks do not lie in pages' slots
     book, _held = _table(summaries, name, view, stage.chunk)
     bounds = stage.scorer == "bounds"
-    n_rows = tiles.shape[1] * tiles.shape[3]
-    settings = np.array([n_kv_heads, end, bounds, softmax, 0, 0], dtype=np.int64)
+    settings = np.array([n_kv_heads, end, bounds, softmax, 0, 0, 0, 0], dtype=np.int64)
     scores = torch.empty(n_kv_heads, n_chunks)
     n_dims = head_dim * (2 if bounds else 1)
-    # [chunk][row]; few rows in tiles of up to four, each of whole vectors
-    lanes = n_rows if tiles.shape[3] > 1 else 4 * -(-n_rows // 4)
-    everything = np.empty((n_kv_heads, (n_chunks + WIDTH) * lanes if softmax else 0), np.float32)
+    n_blocks = -(-n_chunks // TILE)
     arguments = (
         scores.numpy(), np.ascontiguousarray(starts.numpy()), where, tiles, fine_cos, fine_sin,
-        coarse_cos, coarse_sin, settings, np.float32(stage.spread), book, pages.book, everything,
+        coarse_cos, coarse_sin, settings, np.float32(stage.spread), book, pages.book,
     )  # fmt: skip
-    n_tasks = n_kv_heads * (-(-n_chunks // TILE))
     with POOL.lock:
+        shared = _room(n_kv_heads if softmax else 0, n_blocks, tiles)
         turned = POOL.scratch("summary-q", (tiles[0].size * 3 + 2 * head_dim,))
         rows = POOL.scratch(
             "summary-k", ((ROWS + 2) * max(n_dims, 2 * head_dim) + 8 * LANES * ROWS,)
         )
         ints = POOL.scratch("summary-i", (ROWS,), np.int64)
-        if POOL.run(worker, arguments, n_tasks, (turned, rows, ints)):
+        n_tasks = n_kv_heads * n_blocks
+        if POOL.run(worker, (*arguments, *shared), n_tasks, (turned, rows, ints)):
             raise absent_page(view)
     return scores
+
+
+def _room(n_kv_heads: int, n_blocks: int, tiles: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Blocks, ends and floors of `cpu_summary_scores.worker`. Under the pool's lock."""
+    _, n_tiles, _, width = tiles.shape
+    if width > 1:
+        n_lanes = n_tiles * LANES
+        size = (TILE + SPARE) * n_lanes
+    else:
+        # up to four heads are a tile of as many numbers a chunk, which are joined in sixteens
+        n_lanes = -(-n_tiles // 4) * LANES
+        size = (TILE + SPARE) * 4 * -(-n_tiles // 4)
+    shapes = {
+        "summary-b": (n_kv_heads, n_blocks, size),
+        "summary-e": (n_kv_heads, 2, n_blocks, n_lanes),
+        "summary-f": (n_kv_heads, n_lanes),
+    }
+    made = []
+    for name, shape in shapes.items():
+        n_items = math.prod(shape)
+        kept = POOL.scratch(name, (-(-n_items // POOL.n_workers),))
+        made.append(kept.reshape(-1)[:n_items].reshape(shape))
+    return tuple(made)
 
 
 def _distances(

@@ -18,18 +18,21 @@ from .cpu_memory import peek, rotate_float32, split_signs, turn_tile
 from .cpu_page_summaries import summarise_run
 from .cpu_pages import KEY, address, distance_angles, load_kind, prefetch_bytes
 from .cpu_stored import LANES as WIDTH
-from .cpu_stored import plain_dots, softmax_tile, tile_heads, tile_width
-from .cpu_tiles import ROWS, max_dot_6, softmax_columns, tile_6
+from .cpu_stored import plain_dots, tile_heads, tile_width
+from .cpu_summary_shares import few_ends, few_shares, many_ends, many_shares, merge_ends
+from .cpu_tiles import ROWS, max_dot_6, tile_6
 from .cpu_wait import FAILED, leave, take_ticket, wait_until
 
 TILE = 96
-"""Chunks of one task."""
+"""Chunks of one task, a multiple of 16."""
+SPARE = 8
+"""Chunks beyond them that a kernel may write."""
 NEAR_BYTES = 4096
 """Most bytes asked for ahead: slots lie apart, and the machine's read-ahead stops at their edges."""
 _BASE, _SLOTS, _READY, _PER_PAGE, _CHUNK, _PAGE_TOKENS, _ENTRY_BYTES, _KIND = range(8)
 """Columns of a table's book."""
-_N_HEADS, _END, _BOUNDS, _SOFTMAX, _DONE, _MERGE = range(6)
-"""Columns of the settings; the last two count."""
+_N_HEADS, _END, _BOUNDS, _SOFTMAX, _SCORED, _MERGE, _MERGED, _SHARE = range(8)
+"""Columns of the settings; the last four count."""
 
 
 @compiled
@@ -73,39 +76,72 @@ def _summarise(rows, at_row, start, end, chunk, kv_head, head_dim, bounds, sprea
 
 @compiled
 def worker(state, n_tasks, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-           spread, table, pages, everything, turned, rows, ints):  # fmt: skip
+           spread, table, pages, blocks, ends, floors, turned, rows, ints):  # fmt: skip
+    """Products of all chunks; with shares two more rounds: the log-sum-exp of every query over all
+    chunks, then every chunk's best share.
+
+    blocks [Hkv, n, ...]: products of a task's chunks, see `_few` and `_many`; ends [Hkv, 2, n, lanes] and
+    floors [Hkv, lanes] for their log-sum-exp; all three are empty without shares.
+    """
     n_kv_heads, n_chunks = scores.shape
     at_table, at_pages = address(table), address(pages)
-    done = address(settings) + 8 * _DONE
+    at_settings = address(settings)
     softmax = settings[_SOFTMAX] == 1
+    single = tiles.shape[3] == 1
     while True:
         task = take_ticket(address(state))
         if task >= n_tasks:
             break
-        kv_head = task % n_kv_heads
-        first = task // n_kv_heads * TILE
+        kv_head, block = task % n_kv_heads, task // n_kv_heads
+        first = block * TILE
         last = min(first + TILE, n_chunks)
-        if tiles.shape[3] == 1:
+        if single:
             good = _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos,
-                        coarse_sin, settings, spread, at_table, at_pages, everything, turned,
+                        coarse_sin, settings, spread, at_table, at_pages, blocks, ends, turned,
                         rows)  # fmt: skip
         else:
             good = _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos,
-                         coarse_sin, settings, spread, at_table, at_pages, everything, turned, rows,
+                         coarse_sin, settings, spread, at_table, at_pages, blocks, ends, turned, rows,
                          ints)  # fmt: skip
         if not good:
             state[FAILED] = 1
-        take_ticket(done)
+        take_ticket(at_settings + 8 * _SCORED)
     if softmax:
-        while not wait_until(done, n_tasks, 100):
-            pass
-        while True:
-            kv_head = take_ticket(address(settings) + 8 * _MERGE)
-            if kv_head >= n_kv_heads:
-                break
-            mine = starts[kv_head * starts.shape[0] // n_kv_heads]
-            _shares(kv_head, mine, scores, settings, everything, tiles, rows)
+        _shares(n_tasks, scores, starts, tiles, blocks, ends, floors, at_settings, rows)
     leave(address(state))
+
+
+@compiled
+def _shares(n_tasks, scores, starts, tiles, blocks, ends, floors, settings, rows):
+    n_kv_heads, n_chunks = scores.shape
+    n_rows = tiles.shape[1]
+    single = tiles.shape[3] == 1
+    while not wait_until(settings + 8 * _SCORED, n_tasks, 100):
+        pass
+    while True:
+        kv_head = take_ticket(settings + 8 * _MERGE)
+        if kv_head >= n_kv_heads:
+            break
+        merge_ends(kv_head, ends, floors, n_rows if single else 0, rows)
+        take_ticket(settings + 8 * _MERGED)
+    while not wait_until(settings + 8 * _MERGED, n_kv_heads, 100):
+        pass
+    while True:
+        task = take_ticket(settings + 8 * _SHARE)
+        if task >= n_tasks:
+            break
+        kv_head, block = task % n_kv_heads, task // n_kv_heads
+        first = block * TILE
+        last = min(first + TILE, n_chunks)
+        if single:
+            few_shares(scores[kv_head, first:last], blocks[kv_head, block], n_rows, floors[kv_head],
+                       TILE + SPARE)  # fmt: skip
+        else:
+            many_shares(scores[kv_head, first:last], blocks[kv_head, block], floors[kv_head])
+        mine = starts[kv_head * starts.shape[0] // n_kv_heads]
+        for c in range(first, last):
+            if mine[c] < 0:
+                scores[kv_head, c] = -np.inf
 
 
 @compiled
@@ -132,27 +168,28 @@ def _turn_all(kv_head, distance, tiles, cos, sin, coarse_cos, coarse_sin, bounds
 
 @compiled
 def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-         spread, table, pages, everything, turned, rows):  # fmt: skip
-    """One query per head: [chunk][width] logits of up to four heads at a time."""
+         spread, table, pages, blocks, ends, turned, rows):  # fmt: skip
+    """One query per head: products [chunk][width] of up to four heads at a time, TILE + SPARE chunks
+    for each tile of heads."""
     n_kv_heads, end, bounds = settings[_N_HEADS], settings[_END], settings[_BOUNDS] == 1
     n_rows, head_dim = tiles.shape[1], tiles.shape[2]
     n_dims = 2 * head_dim if bounds else head_dim
     sel = kv_head * starts.shape[0] // n_kv_heads
     backs = where[kv_head * where.shape[0] // n_kv_heads]
     chunk, entry_bytes = peek(table, _CHUNK), peek(table, _ENTRY_BYTES)
+    ready, per_page = min(end, peek(table, _READY)), peek(table, _PER_PAGE)
     softmax = settings[_SOFTMAX] == 1
-    n_chunks = starts.shape[1]
     distance, queries = np.int64(-1), np.int64(0)
-    out_of_rows = (len(rows) - 2 * head_dim) // 8 * 8 - 8 * WIDTH
+    # products go to where all of the task's are kept, or to a place of their own
+    out_of_rows = (len(rows) - 2 * head_dim) // 8 * 8 - 4 * WIDTH
+    products = address(rows) + 4 * out_of_rows
+    if softmax:
+        products = address(blocks[kv_head, first // TILE])
     c = first
     while c < last:
         start = starts[sel, c]
         if start < 0:
-            for i in range(c, last):
-                scores[kv_head, i] = -np.inf
-            if softmax:
-                _blank(kv_head, c, last, n_rows, n_chunks, everything)
-            return True
+            break
         back = backs[c if len(backs) > 1 else 0]
         if back != distance:
             distance = back
@@ -167,56 +204,49 @@ def _few(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_co
             src, kind, row_bytes = address(rows), 0, 4 * n_dims
         else:
             # neighbours in one slot, at the same distance, are one run
+            room = min(last - c, (ready - start) // chunk, WIDTH)
+            room = min(room, per_page - start // chunk % per_page) if per_page > 1 else 1
             while (
-                n < WIDTH
-                and c + n < last
+                n < room
                 and starts[sel, c + n] == start + n * chunk
                 and (len(backs) == 1 or backs[c + n] == back)
-                and _entry(start + n * chunk, end, kv_head, n_kv_heads, table)
-                == src + n * entry_bytes
             ):
                 n += 1
         if c + n < last:
             _call_near(starts[sel, c + n], end, kv_head, n_kv_heads, table)
         h, at = 0, 0
-        for i in range(n):
-            scores[kv_head, c + i] = -np.inf
         while h < n_rows:
             m = tile_heads(n_rows - h)
             width = tile_width(m)
-            out = address(rows) + 4 * out_of_rows
-            plain_dots(out, queries + 4 * h * n_dims, src, row_bytes, n, n_dims, 4 * kind + m - 1)
-            for i in range(n):
-                for g in range(m):
-                    x = rows[out_of_rows + i * width + g]
-                    if softmax:
-                        everything[kv_head, at + (c + i) * width + g] = x
-                    if x > scores[kv_head, c + i] or x != x:
-                        scores[kv_head, c + i] = x
-                if softmax and m == 3:
-                    everything[kv_head, at + (c + i) * width + 3] = -np.inf
+            if softmax:
+                plain_dots(products + 4 * (at + (c - first) * width), queries + 4 * h * n_dims, src,
+                           row_bytes, n, n_dims, 4 * kind + m - 1)  # fmt: skip
+            else:
+                plain_dots(products, queries + 4 * h * n_dims, src, row_bytes, n, n_dims,
+                           4 * kind + m - 1)  # fmt: skip
+                for i in range(n):
+                    if h == 0:
+                        scores[kv_head, c + i] = -np.inf
+                    for g in range(m):
+                        x = rows[out_of_rows + i * width + g]
+                        if x > scores[kv_head, c + i] or x != x:
+                            scores[kv_head, c + i] = x
             h += m
-            at += (n_chunks + WIDTH) * width
+            at += (TILE + SPARE) * width
         c += n
+    if softmax:
+        few_ends(blocks[kv_head, first // TILE], c - first, n_rows, TILE, TILE + SPARE,
+                 ends[kv_head, :, first // TILE])  # fmt: skip
+    else:
+        for i in range(c, last):
+            scores[kv_head, i] = -np.inf
     return True
 
 
 @compiled
-def _blank(kv_head, first, last, n_rows, n_chunks, everything):
-    h, at = 0, 0
-    while h < n_rows:
-        m = tile_heads(n_rows - h)
-        width = tile_width(m)
-        for i in range(first * width, last * width):
-            everything[kv_head, at + i] = -np.inf
-        h += m
-        at += (n_chunks + WIDTH) * width
-
-
-@compiled
 def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_cos, coarse_sin, settings,
-          spread, table, pages, everything, turned, rows, ints):  # fmt: skip
-    """Many queries: tiles of 6 chunks and 16 queries."""
+          spread, table, pages, blocks, ends, turned, rows, ints):  # fmt: skip
+    """Many queries: tiles of 6 chunks and 16 queries, products [chunk][query]."""
     n_kv_heads, end, bounds = settings[_N_HEADS], settings[_END], settings[_BOUNDS] == 1
     n_tiles, head_dim = tiles.shape[1], tiles.shape[2]
     n_dims = 2 * head_dim if bounds else head_dim
@@ -227,18 +257,16 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
     n_lanes = n_tiles * LANES
     distance, queries = np.int64(-1), np.int64(0)
     results = (len(rows) - 2 * head_dim) // 8 * 8 - LANES * ROWS
+    products = np.int64(0)
+    if softmax:
+        products = address(blocks[kv_head, first // TILE])
     for i in range(ROWS):
         ints[i] = address(rows) + 4 * i * n_dims
     c = first
     while c < last:
         start = starts[sel, c]
         if start < 0:
-            for i in range(c, last):
-                scores[kv_head, i] = -np.inf
-                if softmax:
-                    for lane in range(n_lanes):
-                        everything[kv_head, i * n_lanes + lane] = -np.inf
-            return True
+            break
         back = backs[c if len(backs) > 1 else 0]
         if back != distance:
             distance = back
@@ -264,68 +292,17 @@ def _many(kv_head, first, last, scores, starts, where, tiles, cos, sin, coarse_c
                 rows[i * n_dims + d] = rows[d]
         if softmax:
             for t in range(n_tiles):
-                out = address(rows) + 4 * results
-                tile_6(
-                    out,
-                    LANES,
-                    address(rows),
-                    n_dims,
-                    1,
-                    queries + 4 * t * n_dims * LANES,
-                    LANES,
-                    n_dims,
-                    0,
-                )
-                for i in range(n):
-                    for lane in range(LANES):
-                        everything[kv_head, (c + i) * n_lanes + t * LANES + lane] = rows[
-                            results + i * LANES + lane
-                        ]
+                tile_6(products + 4 * ((c - first) * n_lanes + t * LANES), n_lanes, address(rows), n_dims,
+                       1, queries + 4 * t * n_dims * LANES, LANES, n_dims, 0)  # fmt: skip
         else:
             max_dot_6(address(rows) + 4 * results, address(ints), queries, n_tiles, n_dims)
             for i in range(n):
                 scores[kv_head, c + i] = rows[results + i]
         c += n
-    return True
-
-
-@compiled
-def _shares(kv_head, starts, scores, settings, everything, tiles, rows):
-    """Softmax over the chunks for every query row; a chunk gets the largest of its shares."""
-    n_chunks = len(starts)
-    at_ends = (len(rows) - 2 * tiles.shape[2]) // 8 * 8 - LANES * ROWS
-    top, total = address(rows) + 4 * at_ends, address(rows) + 4 * (at_ends + LANES)
-    for c in range(n_chunks):
-        scores[kv_head, c] = 0.0
-    if tiles.shape[3] > 1:
-        n_lanes = tiles.shape[1] * LANES
-        for t in range(tiles.shape[1]):
-            at = address(everything[kv_head]) + 4 * t * LANES
-            softmax_columns(at, n_lanes, n_chunks, top, total)
-            for c in range(n_chunks):
-                for lane in range(LANES):
-                    x = (
-                        everything[kv_head, c * n_lanes + t * LANES + lane]
-                        / rows[at_ends + LANES + lane]
-                    )
-                    if x > scores[kv_head, c] or x != x:
-                        scores[kv_head, c] = x
+    if softmax:
+        many_ends(blocks[kv_head, first // TILE], c - first, last - first, n_lanes,
+                  ends[kv_head, :, first // TILE])  # fmt: skip
     else:
-        n_rows, h, at = tiles.shape[1], 0, 0
-        while h < n_rows:
-            m = tile_heads(n_rows - h)
-            width = tile_width(m)
-            n = n_chunks * width
-            for i in range(n, (n + WIDTH - 1) // WIDTH * WIDTH):
-                everything[kv_head, at + i] = -np.inf
-            softmax_tile(address(everything[kv_head]) + 4 * at, n_chunks, width, top, total)
-            for c in range(n_chunks):
-                for g in range(m):
-                    x = everything[kv_head, at + c * width + g] / rows[at_ends + LANES + g]
-                    if x > scores[kv_head, c] or x != x:
-                        scores[kv_head, c] = x
-            h += m
-            at += (n_chunks + WIDTH) * width
-    for c in range(n_chunks):
-        if starts[c] < 0:
-            scores[kv_head, c] = -np.inf
+        for i in range(c, last):
+            scores[kv_head, i] = -np.inf
+    return True

@@ -137,14 +137,9 @@ def _dots(n_x: int, n_w: int) -> Any:
 dots_1x6, dots_1x3, dots_1x1 = _dots(1, 6), _dots(1, 3), _dots(1, 1)
 
 
-@intrinsic
-def softmax_columns(
-    typing: Any, s: Any, ld_s: Any, n_keys: Any, top_out: Any, total_out: Any
-) -> Any:
-    """For 16 columns of s [n_keys, ld_s]: s = 2 ** (s - max), the maxima and sums to 16 floats each.
-
-    A column of -inf gives zeros, sum 0 and maximum -inf.
-    """
+def _columns(store: bool) -> Any:
+    """For 16 columns of s [n_keys, ld_s]: the maxima and the sums of 2 ** (s - max), to 16 floats each;
+    with `store` also s = 2 ** (s - max). A column of -inf gives zeros, sum 0 and maximum -inf."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         s, ld_s, n_keys, top_out, total_out = args
@@ -161,9 +156,77 @@ def softmax_columns(
         with cgutils.for_range(builder, n_keys) as loop:
             at = builder.mul(loop.index, ld_s)
             value = e.exp2(builder.fsub(e.vector(s, at), safe))
-            e.store(value, s, at)
+            if store:
+                e.store(value, s, at)
             builder.store(builder.fadd(builder.load(state), value), state)
         e.store(builder.load(state), total_out, e.index(0))
         return context.get_dummy_value()
 
-    return _void(5), codegen
+    def columns(typing: Any, s: Any, ld_s: Any, n_keys: Any, top_out: Any, total_out: Any) -> Any:
+        return _void(5), codegen
+
+    return intrinsic(columns)
+
+
+softmax_columns, column_ends = _columns(True), _columns(False)
+
+
+@intrinsic
+def merge_columns(
+    typing: Any, tops: Any, totals: Any, ld: Any, n: Any, top_out: Any, total_out: Any
+) -> Any:
+    """What `column_ends` gives for all rows from what it gave for n parts of them, ld floats apart."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tops, totals, ld, n, top_out, total_out = args
+        e = Emit(builder)
+        lowest = e.const(float("-inf"))
+        state = cgutils.alloca_once_value(builder, lowest)
+        with cgutils.for_range(builder, n) as loop:
+            value = e.vector(tops, builder.mul(loop.index, ld))
+            builder.store(e.maximum(builder.load(state), value), state)
+        top = builder.load(state)
+        e.store(top, top_out, e.index(0))
+        safe = builder.select(builder.fcmp_ordered("==", top, lowest), e.const(0.0), top)
+        builder.store(e.const(0.0), state)
+        with cgutils.for_range(builder, n) as loop:
+            at = builder.mul(loop.index, ld)
+            weight = e.exp2(builder.fsub(e.vector(tops, at), safe))
+            builder.store(e.fma(e.vector(totals, at), weight, builder.load(state)), state)
+        e.store(builder.load(state), total_out, e.index(0))
+        return context.get_dummy_value()
+
+    return _void(6), codegen
+
+
+@intrinsic
+def best_above(typing: Any, x: Any, floor: Any, n_vectors: Any) -> Any:
+    """max over i of x[i] - floor[i], for n_vectors * 16 floats. All NaN gives NaN."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, floor, n_vectors = args
+        e = Emit(builder)
+        state = cgutils.alloca_once_value(builder, e.const(float("-inf")))
+        with cgutils.for_range(builder, n_vectors) as loop:
+            at = builder.mul(loop.index, e.index(LANES))
+            value = builder.fsub(e.vector(x, at), e.vector(floor, at))
+            builder.store(e.maximum(builder.load(state), value), state)
+        return e.reduce("max", builder.load(state))
+
+    return types.float32(*(types.int64,) * 3), codegen
+
+
+@intrinsic
+def exp2_floats(typing: Any, x: Any, n: Any) -> Any:
+    """x = 2 ** x for n floats; those up to the next multiple of 16 are overwritten."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, n = args
+        e = Emit(builder)
+        n_vectors = builder.udiv(builder.add(n, e.index(LANES - 1)), e.index(LANES))
+        with cgutils.for_range(builder, n_vectors) as loop:
+            at = builder.mul(loop.index, e.index(LANES))
+            e.store(e.exp2(e.vector(x, at)), x, at)
+        return context.get_dummy_value()
+
+    return _void(2), codegen

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .append import append_tokens
-from .attend import attend_block, attend_segments, mass_kept, merge_partials, tail_view
+from .attend import attend_block, attend_segments, merge_partials, tail_view
+from .audit import MassAudit
 from .block import BlockRows, BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .decode import PreparedDecode
@@ -35,6 +36,7 @@ __all__ = [
     "BeforeAttention",
     "BlockRows",
     "BlockStep",
+    "MassAudit",
     "Norm",
     "PagedKV",
     "PreparedDecode",
@@ -59,7 +61,6 @@ __all__ = [
     "good_until",
     "has_block_kernel",
     "linear_rows",
-    "mass_kept",
     "merge_partials",
     "page_summaries",
     "pages_of",

@@ -50,7 +50,9 @@ class Bank:
 
     def load(self, layer: int, slots: np.ndarray, memory: Tensor, rows: np.ndarray) -> None:
         """Copy leaves out of a mapped memory [n_rows, 2, P, D] into slots."""
-        self.layers[layer][torch.from_numpy(slots)] = memory[torch.from_numpy(rows)]
+        # as bytes: numpy copies a leaf at once, torch element by element
+        leaves = memory.view(torch.uint8).numpy().reshape(-1, self.geometry.leaf_nbytes)
+        self._bytes[layer][slots] = leaves[rows]
 
     def checksum(self, layer: int, slot: int) -> int:
         return xxhash.xxh3_64_intdigest(self._bytes[layer, slot])

@@ -20,6 +20,7 @@ from ..kvstore.page_client import PageClient
 from ..kvstore.transport import Reply
 from .engine import Engine
 from .engine_loop import EngineLoop
+from .memory import keep_for_good
 from .model import ModelAdapter
 from .model_source import model_dir, model_geometry, policies_of, recipe_for
 from .row import RowRequest
@@ -83,6 +84,7 @@ class DecodeService:
         self._loop = EngineLoop(self._engine, on_fatal or (lambda exc: None))
         self._recipe = recipe
         self._geometry = geometry
+        keep_for_good()
 
     def handle(
         self, method: str, header: dict[str, Any], buffers: Sequence[memoryview]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.ops import (
+    MassAudit,
     PreparedDecode,
     Segments,
     Selection,
     base_of,
     good_until,
-    mass_kept,
 )
 from .layer_attention import LayerAttention, Tail
 from .row import Row
@@ -78,8 +78,7 @@ class DecodeStep:
             plan = self._plan(layer, row, position, selection)
             row.plans[layer] = plan
         out = self._attend(layer, row, q, position, plan, scale)
-        if self._audited(layer, row, position):
-            self._audit(layer, row, q, position, plan.segments, scale)
+        self._audit(layer, row, q, selection, scale)
         return out[:, 0]
 
     def _attend(
@@ -88,7 +87,12 @@ class DecodeStep:
         pages, base = self._attention.pages, plan.segments.base
         if plan.selection is not None:
             base = base_of(position, plan.selection, self._attention.policies[layer])
-        if plan.prepared is None or not pages.touch_again(layer, row, plan.slots, plan.version):
+        version = None
+        if plan.prepared is not None:
+            version = pages.touch_again(layer, row, plan.leaves, plan.slots, plan.version)
+        if version is not None:
+            plan.version = version
+        else:
             if not pages.touch(layer, row, plan.leaves):
                 if not pages.fits(layer, plan.leaves):
                     segments = replace(plan.segments, base=base)
@@ -100,6 +104,7 @@ class DecodeStep:
             plan.prepared = self._attention.prepare(
                 layer, row, position, plan.segments, plan.tail, scale
             )
+        assert plan.prepared is not None
         started = time.monotonic()
         out = plan.prepared.attend(q, position, base)
         row.stats.attend_passes += 1
@@ -117,30 +122,33 @@ class DecodeStep:
         tail = attention.tail(layer, row, position, position + 1, selection)
         return DecodePlan(selection, segments, leaves, tail, until)
 
-    def _audited(self, layer: int, row: Row, position: int) -> bool:
-        """One layer of every audit_interval-th step, walking over layers (deterministic)."""
+    def _audit(
+        self, layer: int, row: Row, q: Tensor, selection: Selection | None, scale: float
+    ) -> None:
+        """Begin an audit in one layer of every audit_interval-th step, walking over layers and heads
+        (deterministic), and go on with it a piece per step, so that none of them takes long."""
+        attention, position = self._attention, row.n_done
+        started = time.monotonic()
+        if row.audit is None:
+            if selection is None or not self._audited(layer, row):
+                return
+            policy, head = attention.policies[layer], position % q.shape[0]
+            audit = MassAudit(q, position, head, selection, policy, attention.rope, scale)
+            row.audit = (layer, audit)
+        elif row.audit[0] != layer:
+            return
+        share = row.audit[1].advance(attention.pages.selection_view(layer, row, position + 1))
+        if share is not None:
+            row.stats.mass_kept_sum += share
+            row.stats.mass_kept_n += 1
+            row.audit = None
+        row.stats.seconds_other += time.monotonic() - started
+
+    def _audited(self, layer: int, row: Row) -> bool:
         if not self._audit_interval:
             return False
-        step = position - row.n_prompt
+        step = row.n_done - row.n_prompt
         if step % self._audit_interval:
             return False
         n_layers = len(self._attention.policies)
-        return layer == (position * 7 + step // self._audit_interval) % n_layers
-
-    def _audit(
-        self,
-        layer: int,
-        row: Row,
-        q: Tensor,
-        position: int,
-        segments: Segments,
-        scale: float,
-    ) -> None:
-        attention = self._attention
-        started = time.monotonic()
-        view = attention.pages.selection_view(layer, row, position + 1)
-        head = position % q.shape[0]
-        policy, rope = attention.policies[layer], attention.rope
-        row.stats.mass_kept_sum += mass_kept(q, position, view, segments, policy, rope, scale, head)
-        row.stats.mass_kept_n += 1
-        row.stats.seconds_other += time.monotonic() - started
+        return layer == (row.n_done * 7 + step // self._audit_interval) % n_layers

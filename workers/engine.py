@@ -237,7 +237,7 @@ class Engine:
         row.stats.pages_recomputed += len(row.page_ids)
         row.replay, row.tokens = [*row.tokens, *row.replay[len(row.tokens) :]], []
         self._close(row)
-        row.selections, row.plans = [], []
+        row.selections, row.plans, row.audit = [], [], None
         row.n_done = 0
         row.state = RowState.QUEUED
 
@@ -251,6 +251,9 @@ class Engine:
             row.state = RowState.WAITING
             return
         page_tokens = self._config.cache.page_tokens
+        n_pages = -(-(row.n_prompt + row.request.sampling.max_tokens) // page_tokens)
+        # new pages take the lowest numbers that are free
+        self.index.reserve(len(self.flow.pages) + n_pages - row.n_existing_pages)
         reused = row.n_existing_pages * page_tokens
         if row.stats.restarts:
             row.stats.pages_recomputed -= row.n_existing_pages

@@ -169,14 +169,17 @@ class PageReader:
         residency = self._residency[layer]
         return residency.slots_of(leaves), residency.version
 
-    def touch_again(self, layer: int, row: Row, slots: np.ndarray, version: int) -> bool:
-        """Use slots again if nothing has moved in the layer's bank since `version`."""
+    def touch_again(
+        self, layer: int, row: Row, leaves: np.ndarray, slots: np.ndarray, version: int
+    ) -> int | None:
+        """Use leaves again that were in these slots when the layer's residency had `version`; its version
+        now, or None if one of them has moved."""
         residency = self._residency[layer]
-        if residency.version != version:
-            return False
+        if residency.version != version and not np.array_equal(residency.slots_of(leaves), slots):
+            return None
         residency.use(slots)
         row.stats.bank_hits += len(slots)
-        return True
+        return residency.version
 
     def make_resident(self, layer: int, row: Row, leaves: np.ndarray) -> None:
         """Bring distinct leaves into the bank, each checked against its checksum after the copy.

@@ -14,7 +14,7 @@ from .page_list import PageList
 from .sampling import Sampling
 
 if TYPE_CHECKING:
-    from ..kernels.ops import Selection
+    from ..kernels.ops import MassAudit, Selection
     from .decode_step import DecodePlan
 
 
@@ -104,6 +104,8 @@ class Row:
     selections: list[Selection | None] = field(default_factory=list)
     plans: list[DecodePlan | None] = field(default_factory=list)
     """Per layer, how the latest token attended."""
+    audit: tuple[int, MassAudit] | None = None
+    """The layer of an audit under way."""
     private_keys: list[PageKey] = field(default_factory=list)
     stats: RowStats = field(default_factory=RowStats)
     prefill_started_s: float | None = None

@@ -60,6 +60,10 @@ class SummaryIndex:
         self._known: dict[str, dict[int, int]] = {}
         """The same at the retriever."""
 
+    def reserve(self, n_pages: int) -> None:
+        """Page numbers below this will be in use."""
+        self._pool.reserve(n_pages)
+
     def update_retrievers(self, addresses: dict[str, str]) -> None:
         """A retriever came back at another address: it has lost its contexts, so they are re-sent."""
         for name, address in addresses.items():

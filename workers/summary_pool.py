@@ -15,6 +15,7 @@ from ..kernels.ops import (
     fill_table,
     put_summaries,
 )
+from .memory import huge_zeros
 
 
 class SummaryPool:
@@ -27,6 +28,12 @@ class SummaryPool:
         self._page_tokens = page_tokens
         self._tables: list[dict[TableName, Tensor]] = [{} for _ in names]
         self._filled = [np.zeros(0, dtype=np.int64) for _ in names]
+        self._n_slots = 64
+
+    def reserve(self, n_slots: int) -> None:
+        """So many slots will be used: tables grow to that when they are filled next, not when the last
+        of them is, which may be a decode step that all rows wait for."""
+        self._n_slots = max(self._n_slots, n_slots)
 
     @property
     def n_bytes(self) -> int:
@@ -34,7 +41,7 @@ class SummaryPool:
 
     def n_ready(self, layer: int, slots: np.ndarray, versions: np.ndarray) -> int:
         """How many of these leading slots are filled in for these versions."""
-        self._grow(layer, int(slots.max(initial=-1)) + 1)
+        self._grow(layer, slots)
         missing = np.flatnonzero(self._filled[layer][slots] != versions + 1)
         return int(missing[0]) if len(missing) else len(slots)
 
@@ -48,8 +55,9 @@ class SummaryPool:
         last: int,
     ) -> None:
         """Make the summaries of the row's pages [first, last) from their keys."""
+        self._grow(layer, slots)
         for name in self.names[layer]:
-            table = self._table(layer, name, slots, empty_table(name, view, 0))
+            table = self._table(layer, name, empty_table(name, view, 0))
             fill_table(table, name, view, slots, first, last)
         self.mark(layer, slots[first:last], versions[first:last])
 
@@ -58,34 +66,37 @@ class SummaryPool:
     ) -> None:
         """What `page_summaries` made of the pages from first_page on; it counts once `mark` was called
         for them."""
-        table = self._table(layer, name, slots, rows)
+        self._grow(layer, slots)
+        table = self._table(layer, name, rows)
         put_summaries(table, name, slots, first_page, rows, self._page_tokens)
 
-    def _table(self, layer: int, name: TableName, slots: np.ndarray, like: Tensor) -> Tensor:
-        """With room for these slots; `like`: summaries of the kind it holds."""
+    def _table(self, layer: int, name: TableName, like: Tensor) -> Tensor:
+        """With room for all slots of the layer; `like`: summaries of the kind it holds."""
         table = self._tables[layer].get(name)
-        n_slots = max(len(self._filled[layer]), int(slots.max()) + 1, 64)
+        n_slots = len(self._filled[layer])
         if table is None or len(table) < n_slots:
-            grown = like.new_zeros(n_slots, *like.shape[1:])
+            grown = huge_zeros((n_slots, *like.shape[1:]), like.dtype)
             if table is not None:
                 grown[: len(table)] = table
             self._tables[layer][name] = table = grown
         return table
 
     def mark(self, layer: int, slots: np.ndarray, versions: np.ndarray) -> None:
-        self._grow(layer, int(slots.max(initial=-1)) + 1)
+        self._grow(layer, slots)
         self._filled[layer][slots] = versions + 1
 
     def forget(self, layer: int, slots: np.ndarray) -> None:
         """What was made of these pages was wrong."""
-        self._grow(layer, int(slots.max(initial=-1)) + 1)
+        self._grow(layer, slots)
         self._filled[layer][slots] = 0
 
     def summaries(self, layer: int, slots: np.ndarray, n_pages: int) -> Summaries:
         return Summaries(self._tables[layer], slots, n_pages, self._page_tokens)
 
-    def _grow(self, layer: int, n_slots: int) -> None:
-        filled = self._filled[layer]
+    def _grow(self, layer: int, slots: np.ndarray) -> None:
+        filled, n_slots = self._filled[layer], int(slots.max(initial=-1)) + 1
         if n_slots > len(filled):
-            self._filled[layer] = np.zeros(max(n_slots, 2 * len(filled), 64), dtype=np.int64)
+            self._filled[layer] = np.zeros(
+                max(n_slots, 2 * len(filled), self._n_slots), dtype=np.int64
+            )
             self._filled[layer][: len(filled)] = filled

@@ -119,10 +119,10 @@ def test_golden_values() -> None:
     assert [key.hex() for key in keys] == GOLDEN_KEYS
 
 
-GOLDEN_RECIPE = "24ecf07f72bea6bef3350e040918d19785b39d4eb108905cb8934acb7f2a826a"
+GOLDEN_RECIPE = "f7fb14dbd90210f4dc25b755c4e207f97625027c471a67458a152b5676e9d3d2"
 GOLDEN_KEYS = [
-    "11dddafd4a3a2795d9d1f1eaa1e8e5d523d1d316a3ba2d084d2ecfc52496c353",
-    "c199c1c62a1b37db31ec193115643e4d479a703dac8fd1970aee591bed0bad14",
+    "0dde993b68906f8fe7c2ed616045fc5c693cb4dbe53c0552aba89ae00a1cf39d",
+    "4769b2f54b272c3e159baf306e2872494456602c7095461fcd37001bc06f8339",
 ]
 
 
