@@ -5,6 +5,7 @@ Source: InfiniteHiP (arXiv 2502.08910), section 4 and Appendix F for the numbers
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import Literal
@@ -153,6 +154,11 @@ class LayerPolicy(BaseModel):
     @property
     def dense(self) -> bool:
         return not self.stages
+
+    @functools.cached_property
+    def refreshes(self) -> tuple[int, ...]:
+        """Refresh interval of every stage."""
+        return tuple(stage.refresh for stage in self.stages)
 
     @property
     def block_tokens(self) -> int:

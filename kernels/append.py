@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .paged import SCALE_BYTES, pack_int8
+from .paged import MOST_OF, SCALE_BYTES, pack_int8
 
 try:
     from . import cpu_append
@@ -23,13 +23,6 @@ RAW = {
     torch.int8: torch.int8,
 }
 """Integers of an element's size: numpy knows no bfloat16."""
-# the largest float32 that rounds to a finite number of the format
-_MOST = {
-    torch.float32: torch.finfo(torch.float32).max,
-    torch.float16: 65519.996,
-    torch.bfloat16: 3.3961775e38,
-    torch.int8: torch.finfo(torch.float32).max,
-}
 
 
 def append_tokens(
@@ -44,7 +37,7 @@ def append_tokens(
     dtype = leaves.dtype
     if cpu_append is not None and leaves.is_contiguous():
         raw = leaves.view(RAW[dtype]).numpy()
-        most = np.float32(_MOST[dtype])
+        most = np.float32(MOST_OF[dtype])
         # contiguous, so that there is one compiled variant
         arrays = (np.ascontiguousarray(x) for x in (slots, offsets, k.detach(), v.detach()))
         return int(cpu_append.append(raw, KINDS[dtype], *arrays, most))

@@ -35,7 +35,7 @@ class BlockStep:
         """after: None in front of the first layer; before: the model's last norm behind the last."""
         if cpu_block is None:
             raise RuntimeError("blocks need numba: ask has_block_kernel first")
-        self._plan = cpu_block.Plan(after, before)
+        self.plan = cpu_block.Plan(after, before)
 
     def run(self, rows: BlockRows, attended: Tensor | None = None) -> None:
         """Updates rows.x, writes rows.out; attended: n * H * D numbers, the heads of a row together,
@@ -43,7 +43,7 @@ class BlockStep:
 
         A row has the same bits whatever rows stand beside it and however many threads there are.
         """
-        n_attended = rows.n_rows * self._plan.n_attended
+        n_attended = rows.n_rows * self.plan.n_attended
         if attended is None:
             if n_attended:
                 raise ValueError("a block behind an attention wants what was attended")
@@ -53,7 +53,7 @@ class BlockStep:
             )
         elif attended.numel() != n_attended:
             raise ValueError(f"a block wants {n_attended} numbers, not {tuple(attended.shape)}")
-        self._plan.run(rows.buffers, attended)
+        self.plan.run(rows.buffers, attended)
 
 
 class BlockRows:
@@ -64,7 +64,7 @@ class BlockRows:
         if cpu_block is None:
             raise RuntimeError("blocks need numba: ask has_block_kernel first")
         self.n_rows = n_rows
-        self.buffers = cpu_block.Buffers(n_rows, [step._plan for step in steps])
+        self.buffers = cpu_block.Buffers(n_rows, [step.plan for step in steps])
 
     @property
     def x(self) -> Tensor:
@@ -74,4 +74,4 @@ class BlockRows:
     def out_of(self, step: BlockStep) -> Tensor:
         """[n, N] that a step writes: q, k, v side by side, or the last hidden state. The next step
         of the same width writes over it."""
-        return self.buffers.outs[step._plan.n_out]
+        return self.buffers.outs[step.plan.n_out]

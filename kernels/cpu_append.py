@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import carray  # type: ignore[attr-defined]
 from numba.core import types
 
 from .cpu_compile import compiled
 from .cpu_ir import F32, intrinsic
+from .cpu_memory import bytes_at, floats_at, shorts_at, words_at
 
 _I16 = ir.IntType(16)
 
@@ -61,6 +63,17 @@ def append(raw, kind, slots, offsets, k, v, most):
                 if not _store(row, kind, x, head_dim, most):
                     wrong = t
     return wrong
+
+
+@compiled
+def append_row(dst, kind, src, head_dim, most):
+    """One key or value of float32 at src into a stored row at dst; False if it is not finite there."""
+    x = carray(floats_at(src), (head_dim,))
+    if kind == 0:
+        return _store(carray(words_at(dst), (head_dim,)), kind, x, head_dim, most)
+    if kind < 3:
+        return _store(carray(shorts_at(dst), (head_dim,)), kind, x, head_dim, most)
+    return _store_int8(carray(bytes_at(dst), (head_dim + 4,)), x, head_dim, most)
 
 
 @compiled

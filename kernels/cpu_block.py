@@ -71,7 +71,8 @@ class Plan:
     def __init__(self, after: AfterAttention | None, before: BeforeAttention | Norm) -> None:
         self._holds = (after, before)  # the book has their addresses
         self._book = book = write_book(after, before)
-        self._counters = np.zeros(_N_PHASES * COUNTERS_OF_PHASE // 8, dtype=np.int64)
+        self.counters = np.zeros(_N_PHASES * COUNTERS_OF_PHASE // 8, dtype=np.int64)
+        self.addresses = (book.ctypes.data, self.counters.ctypes.data)
         self._n_tasks = most_tasks(book) if n_weight_bytes(book) >= SHARED_BYTES else 1
         self.n_gated = int(book[DOWN + N_IN])
         self.per_task = most_rows_of_a_task(book)
@@ -82,8 +83,8 @@ class Plan:
         """`block.BlockStep.run`, of what fits."""
         given = 0 if attended is None else attended.data_ptr()
         with POOL.lock:
-            self._counters[:] = 0
-            arguments = (self._book, self._counters, given, *buffers.addresses[self.n_out])
+            self.counters[:] = 0
+            arguments = (self._book, self.counters, given, *buffers.addresses[self.n_out])
             POOL.run(_worker, arguments, self._n_tasks, (buffers.of_workers(),))
 
 
@@ -103,6 +104,8 @@ class Buffers:
         per_task = max(plan.per_task for plan in plans)
         self._n_mine = SUMS_FLOATS + n_rows * (stride_of(hidden) + per_task) + LANES
         self._mine = np.zeros((0, self._n_mine), dtype=np.float32)
+        n_attended = max(plan.n_attended for plan in plans)
+        self.attended = np.zeros((n_rows, n_attended), dtype=np.float32)
 
     def of_workers(self) -> np.ndarray:
         """Scratch [at least as many as there are workers, n]."""
@@ -123,9 +126,15 @@ _stride = compiled(stride_of)
 
 @compiled
 def _worker(state, n_tasks, book, counters, attended, x, gated, out, n_rows, mine):
-    at, counter = address(book), address(counters)
-    # scratch: partial sums, the normed rows of x, products of a task before they are added
-    sums = _aligned(address(mine))
+    block_phases(address(book), address(counters), attended, x, gated, out, n_rows, address(mine))
+    leave(address(state))
+
+
+@compiled
+def block_phases(at, counter, attended, x, gated, out, n_rows, mine):
+    """All of a step, by every worker. Returns when all of it is done. mine: a worker's own scratch:
+    partial sums, the normed rows of x, products of a task before they are added."""
+    sums = _aligned(mine)
     normed = sums + 4 * SUMS_FLOATS
     part = normed + 4 * n_rows * _stride(peek(at, HIDDEN))
     if peek(at, OUT + WEIGHT) != 0:
@@ -141,7 +150,6 @@ def _worker(state, n_tasks, book, counters, attended, x, gated, out, n_rows, min
         _heads(at, counter, x, out, n_rows, sums, normed)
     else:
         _last_norm(at, counter, x, out, n_rows)
-    leave(address(state))
 
 
 @compiled
@@ -218,7 +226,7 @@ def _gate(book, counter, x, gated, n_rows, sums, normed, part):
 
 @compiled
 def _heads(book, counter, x, out, n_rows, sums, normed):
-    """out = q, k, v of norm(x)."""
+    """out = q, k, v of norm(x). Returns when all of it is done."""
     n_out, n_in = peek(book, QKV + N_OUT), peek(book, QKV + N_IN)
     weight, bias = peek(book, QKV + WEIGHT), peek(book, QKV + BIAS)
     per_task, head_dim = peek(book, QKV + PER_TASK), peek(book, HEAD_DIM)
@@ -228,7 +236,7 @@ def _heads(book, counter, x, out, n_rows, sums, normed):
     while True:
         task = next_task(counter, n_tasks)
         if task < 0:
-            return
+            break
         if is_first:
             _norm_rows(book, NEXT_NORM, x, n_rows, normed)
             is_first = False
@@ -246,6 +254,8 @@ def _heads(book, counter, x, out, n_rows, sums, normed):
                     row = out + 4 * (i * n_out + head * head_dim)
                     eps = float_of_bits(peek(book, norm + NORM_EPS))
                     norm_row(row, row, peek(book, norm + NORM_WEIGHT), eps, head_dim)
+        task_done(counter)
+    wait_for_tasks(counter, n_tasks)
 
 
 @compiled
@@ -255,6 +265,8 @@ def _last_norm(book, counter, x, out, n_rows):
     while True:
         row = next_task(counter, n_rows)
         if row < 0:
-            return
+            break
         at = 4 * row * n
         norm_row(out + at, x + at, peek(book, NEXT_NORM + NORM_WEIGHT), eps, n)
+        task_done(counter)
+    wait_for_tasks(counter, n_rows)

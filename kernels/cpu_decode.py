@@ -10,16 +10,48 @@ model's own angle, so that dense attention keeps the model's bits as nearly as f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
+from ..core.errors import InternalError
 from ..core.stage import LayerPolicy
-from .cpu_one_query import TOGETHER, rotate_heads, worker
+from .cpu_attend_query import worker
+from .cpu_one_query import TOGETHER
 from .cpu_pages import Pages, angle_table, as_pages, set_n_tokens
 from .cpu_pool import POOL
+from .cpu_query_book import (
+    BASE,
+    BOOK_NUMBERS,
+    COARSE_COS,
+    COARSE_SIN,
+    COS,
+    COUNTER_NUMBERS,
+    COUNTERS,
+    EXACT,
+    FOLD,
+    HEAD_DIM,
+    KEY_STARTS,
+    MOST,
+    N_BASES,
+    N_COUNTERS,
+    N_HEADS,
+    N_KV_HEADS,
+    N_RUNS_ALL,
+    N_SEGMENTS,
+    N_WEIGHTS,
+    PAGES,
+    Q_START,
+    RULES,
+    RUNS,
+    SIN,
+    TABLE,
+    WEIGHTS,
+    WRONG,
+)
 from .cpu_stored import RUN_WORDS
-from .paged import PagedKV, absent_page
+from .paged import MOST_OF, PagedKV, absent_page
 from .rope import Rope
 from .segments import KINDS as SEGMENT_KINDS
 from .segments import N_RUNS, RUN_TOKENS, Segments
@@ -61,75 +93,120 @@ class Call:
         n_heads: int,
         pages: Pages,
     ) -> None:
-        head_dim, n_kv_heads = view.head_dim, view.n_kv_heads
         self._view = view
-        self._exact = policy.attend_rope == "none"
         self._rope = rope
-        self._fold = np.float32(scale / math.log(2.0))
-        self._shape = (n_heads, head_dim)
-        self._queries = np.empty(self._shape, dtype=np.float32)
-        self._counters = np.zeros(4, dtype=np.int64)
-        self._group = n_heads // n_kv_heads
-        self._most_keys = segments.most_keys
+        self._fold = scale / math.log(2.0)
+        self._group = n_heads // view.n_kv_heads
         most_runs = int(segments.table[:, N_RUNS].max(initial=1))
         most_runs *= 2 + int(segments.table[:, RUN_TOKENS].max(initial=1)) // view.page_tokens
-        self._most_runs = most_runs
-        self._n_tasks = -(-len(segments) // TOGETHER) * n_kv_heads
-        self._segments = segments
-        self._fixed = (segments.table, segments.runs, segments.key_starts)
-        self._rules = (visibility(policy), log_weights(segments))
+        self.sizes = (segments.most_keys, most_runs)
+        self.n_partials = len(segments)
+        self.n_tasks = -(-len(segments) // TOGETHER) * view.n_kv_heads
+        self._reach = segments.reach
         self._pages = pages
         self._n_positions = 0
+        self._base = np.array(segments.base, dtype=np.int64)
+        self.counters = np.zeros(N_COUNTERS * COUNTER_NUMBERS, dtype=np.int64)
+        parts = {
+            TABLE: segments.table,
+            RUNS: segments.runs,
+            KEY_STARTS: segments.key_starts,
+            BASE: self._base,
+            RULES: visibility(policy),
+            WEIGHTS: log_weights(segments),
+            PAGES: pages.book,
+            COUNTERS: self.counters,
+        }
+        # whoever has the addresses keeps the arrays
+        self._holds = {at: np.ascontiguousarray(part) for at, part in parts.items()}
+        self.book = np.zeros(BOOK_NUMBERS, dtype=np.int64)
+        for at, part in self._holds.items():
+            self.book[at] = part.ctypes.data
+        numbers = {
+            N_HEADS: n_heads,
+            N_KV_HEADS: view.n_kv_heads,
+            HEAD_DIM: view.head_dim,
+            N_SEGMENTS: len(segments),
+            N_RUNS_ALL: len(segments.runs),
+            N_BASES: len(self._base),
+            N_WEIGHTS: len(self._holds[WEIGHTS]),
+            EXACT: policy.attend_rope == "none",
+            MOST: bits_of(np.float32(MOST_OF[view.kv_dtype])),
+        }
+        self.book[list(numbers)] = list(numbers.values())
+        self.address = self.book.ctypes.data
 
-    def __call__(
-        self,
-        q: np.ndarray,
-        q_start: int,
-        base: np.ndarray,
-        n_tokens: int,
-        o: np.ndarray,
-        lse: np.ndarray,
-        out: np.ndarray,
-        out_lse: np.ndarray,
-    ) -> None:
-        """q [H, D] at q_start; n_tokens: tokens appended so far. Fills o [S or more, H, D] and
-        lse [S or more, H], and merges all of them into out [H, D], out_lse [H] unless these are empty."""
-        self._use_tables(q_start)
-        if self._exact:
-            rotate_heads(self._queries, q, base, q_start, self._cos, self._sin, self._fold)
-        else:
-            np.multiply(
-                q, self._fold * np.float32(self._rope.attention_scaling**2), out=self._queries
-            )
-        counters = self._counters
-        counters[:] = q_start, self._exact, 0, 0
+    def of_token(self, q_start: int, base: tuple[int, ...], n_tokens: int) -> None:
+        """The query's position, the base of positions now, and the tokens that keys are there of."""
+        if q_start >= self._n_positions:
+            self._use_tables(q_start)
+        self.book[Q_START] = q_start
+        self._base[:] = base
         set_n_tokens(self._pages, n_tokens)
-        arguments = (
-            o, lse, out, out_lse, counters, *self._fixed, base, *self._rules, self._queries, self._cos,
-            self._sin, self._coarse_cos, self._coarse_sin, self._pages.book,
+        self.counters[:] = 0
+
+    def to(
+        self,
+        query: int,
+        partials: tuple[int, int, int],
+        result: tuple[int, int] = (0, 0),
+        new: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Addresses: the query [H, D]; partials [n, H, D] and log-sum-exps [n, H], with n before them;
+        the merged result [H, D] and [H], if wanted; the token's key and value [Hkv, D], if they are to be
+        stored first."""
+        n_partials, o, lse = partials
+        self.book[Q_START + 1 : WRONG + 1] = (
+            query, n_partials, o, lse, *result, *new, self.book[MOST], 0
         )  # fmt: skip
-        group, head_dim = self._group, self._shape[1]
+
+    def run(self) -> None:
+        """In one launch; raises InternalError if a page is absent."""
         with POOL.lock:
-            floats = POOL.scratch("decode", (3 * group * head_dim + 2 * head_dim + 32,))
-            logits = POOL.scratch("decode-s", ((self._most_keys + 8) * 4 * (-(-group // 4)),))
-            found = POOL.scratch("decode-v", (TOGETHER * self._most_runs, RUN_WORDS), np.int64)
-            ends = POOL.scratch("decode-e", (TOGETHER,), np.int64)
-            if POOL.run(worker, arguments, self._n_tasks, (floats, logits, found, ends)):
-                raise absent_page(self._view)
+            if POOL.run(worker, (self.book,), self.n_tasks, scratch([self])):
+                raise self.absent()
+
+    def absent(self) -> InternalError:
+        return absent_page(self._view)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.book[N_HEADS]), self._group
 
     def _use_tables(self, q_start: int) -> None:
         """Angles of every distance or position that may come up."""
-        if q_start < self._n_positions:
-            return
-        reach = max(self._segments.reach, q_start + 1) + 1024
-        tables = self._rope.distance_tables(reach)
-        self._cos, self._sin, self._coarse_cos, self._coarse_sin = (t.numpy() for t in tables)
-        exact = angle_table(self._rope, reach) if self._exact else None
+        reach = max(self._reach, q_start + 1) + 1024
+        tables = [t.numpy() for t in self._rope.distance_tables(reach)]
+        exact = angle_table(self._rope, reach) if self.book[EXACT] else None
         # beyond the table of single positions distances have to do
-        self._exact = exact is not None
+        self.book[EXACT] = exact is not None
         if exact is not None:
-            self._cos, self._sin = exact
+            tables[:2] = exact
+        fold = self._fold * (1.0 if exact is not None else self._rope.attention_scaling**2)
+        self.book[FOLD] = bits_of(fold)
+        for at, table in zip((COS, SIN, COARSE_COS, COARSE_SIN), tables, strict=True):
+            self._holds[at] = table
+            self.book[at] = table.ctypes.data
         self._n_positions = reach
+
+
+def bits_of(number: float | np.float32) -> int:
+    """For `float_of_bits` in compiled code."""
+    return int(np.float64(number).view(np.int64))
+
+
+def scratch(calls: Sequence[Call]) -> tuple[np.ndarray, ...]:
+    """What every worker needs of its own for these calls. Under the pool's lock."""
+    most_keys = max(call.sizes[0] for call in calls)
+    most_runs = max(call.sizes[1] for call in calls)
+    n_heads, group = calls[0].shape
+    head_dim = int(calls[0].book[HEAD_DIM])
+    return (
+        POOL.scratch("decode", ((3 * group + 2 + n_heads) * head_dim + 32,)),
+        POOL.scratch("decode-s", ((most_keys + 8) * 4 * (-(-group // 4)),)),
+        POOL.scratch("decode-v", (TOGETHER * most_runs, RUN_WORDS), np.int64),
+        POOL.scratch("decode-e", (TOGETHER,), np.int64),
+    )
 
 
 def attend(
@@ -150,11 +227,7 @@ def attend(
     n_heads, _, head_dim = q.shape
     call = Call(view, segments, policy, rope, scale, n_heads, pages)
     plain = np.ascontiguousarray(q.detach().numpy().reshape(n_heads, head_dim), dtype=np.float32)
-    nothing = np.empty((0, head_dim), dtype=np.float32), np.empty(0, dtype=np.float32)
-    n_segments = len(segments)
-    call(
-        plain, q_start, np.array(segments.base), view.n_tokens,
-        o.numpy().reshape(n_segments, n_heads, head_dim), lse.numpy().reshape(n_segments, n_heads),
-        *nothing,
-    )  # fmt: skip
+    call.of_token(q_start, segments.base, view.n_tokens)
+    call.to(plain.ctypes.data, (len(segments), o.data_ptr(), lse.data_ptr()))
+    call.run()
     return True

@@ -173,3 +173,30 @@ def turn_tile(typing: Any, dst: Any, src: Any, half: Any, cos: Any, sin: Any) ->
         return context.get_dummy_value()
 
     return _void(5), codegen
+
+
+def _pointer(kind: Any) -> Any:
+    def at(typing: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), codegen
+
+    return intrinsic(at)
+
+
+floats_at, ints_at = _pointer(types.float32), _pointer(types.int64)
+"""An address as a pointer, for numba.carray: arrays made so cost no reference counts."""
+shorts_at, words_at, bytes_at = (_pointer(k) for k in (types.int16, types.int32, types.int8))
+
+
+@intrinsic
+def poke(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Set the index-th int64 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        builder.store(args[2], e.pointer(args[0], args[1], ir.IntType(64), 8))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen

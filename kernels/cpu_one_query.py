@@ -1,4 +1,4 @@
-"""The compiled inside of one query's attention: tasks of segments and KV heads, then the merge.
+"""The compiled inside of one query's attention: partials of a few segments for one KV head.
 
 Base-2 logits inside, base-e log-sum-exp outside. The order of all sums is that of the keys in a segment
 and of the segments, whatever the number of threads.
@@ -12,8 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_compile import compiled
-from .cpu_memory import peek_float, rotate_float32
-from .cpu_merge import merge_rows
+from .cpu_memory import peek, peek_float, rotate_float32
 from .cpu_pages import (
     KEY,
     VALUE,
@@ -27,9 +26,9 @@ from .cpu_pages import (
     row_address,
     value_offset,
 )
+from .cpu_query_book import COARSE_COS, COARSE_SIN, COS, EXACT, N_KV_HEADS, PAGES, Q_START, SIN
 from .cpu_softmax import finish
 from .cpu_stored import KINDS, LANES, RUN_WORDS, dots, softmax_tile, tile_heads, tile_width, weigh
-from .cpu_wait import FAILED, leave, take_ticket, wait_until
 from .segments import FIXED, HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT
 from .segments import KINDS as SEGMENT_KINDS
 
@@ -45,69 +44,30 @@ NEAR_BYTES = 2048
 finds the rest of a long run."""
 _WINDOW = SEGMENT_KINDS.index("window")
 _INT8 = KINDS.index("int8")
-_Q_START, _EXACT, _N_PARTIALS_DONE, _MERGE_TICKET = range(4)
-"""Columns of the counters."""
 
 
 @compiled
-def rotate_heads(out, q, base, q_start, cos, sin, fold):
-    n_heads, head_dim = q.shape
-    half = head_dim // 2
-    for h in range(n_heads):
-        position = q_start - base[h * len(base) // n_heads]
-        rotate_float32(address(out[h]), address(q[h]), half, address(cos[position]),
-                       address(sin[position]))  # fmt: skip
-        for d in range(head_dim):
-            out[h, d] *= fold
+def partials(first, last, head, at, table, runs, key_starts, base, rules, weights, queries, o, lse, floats,
+          logits, found, ends):  # fmt: skip
+    """Partials of segments [first, last) for one KV head; False if a page is absent."""
+    n_kv_heads, book = peek(at, N_KV_HEADS), peek(at, PAGES)
+    n_runs = _find(first, last, head, n_kv_heads, peek(at, Q_START), table, runs, key_starts, base, rules,
+                   len(weights) > 0, book, found, ends)  # fmt: skip
+    if n_runs < 0:
+        return False
+    begin = 0
+    for s in range(first, last):
+        end = ends[s - first]
+        n_keys = _logits(
+            begin, end, n_runs, head, at, base, weights, queries, floats, logits, found
+        )
+        _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats, logits, found)
+        begin = end
+    return True
 
 
 @compiled
-def worker(state, n_tasks, o, lse, out, out_lse, counters, table, runs, key_starts, base, rules,
-           weights, queries, cos, sin, coarse_cos, coarse_sin, book, floats, logits, found,
-           ends):  # fmt: skip
-    # o may have more partials than these segments make: a tail's, merged with them
-    n_segments, n_heads = table.shape[0], o.shape[1]
-    n_groups = (n_segments + TOGETHER - 1) // TOGETHER
-    n_kv_heads = n_tasks // n_groups
-    at_book = address(book)
-    done = address(counters) + 8 * _N_PARTIALS_DONE
-    while True:
-        task = take_ticket(address(state))
-        if task >= n_tasks:
-            break
-        # windows come last and are the largest: begin with them
-        last = n_segments - task // n_kv_heads * TOGETHER
-        first = max(0, last - TOGETHER)
-        head = task % n_kv_heads
-        n_runs = _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules,
-                       len(weights) > 0, at_book, found, ends)  # fmt: skip
-        if n_runs < 0:
-            state[FAILED] = 1
-        else:
-            begin = 0
-            for s in range(first, last):
-                end = ends[s - first]
-                n_keys = _logits(begin, end, n_runs, head, n_kv_heads, counters, base, weights, queries,
-                                 cos, sin, coarse_cos, coarse_sin, at_book, floats, logits,
-                                 found)  # fmt: skip
-                _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, at_book, floats, logits,
-                              found)  # fmt: skip
-                begin = end
-        take_ticket(done)
-    if len(out):
-        while not wait_until(done, n_tasks, 100):
-            pass
-        while True:
-            head = take_ticket(address(counters) + 8 * _MERGE_TICKET)
-            if head >= n_kv_heads:
-                break
-            group = n_heads // n_kv_heads
-            merge_rows(o, lse, out, out_lse, head * group, (head + 1) * group)
-    leave(address(state))
-
-
-@compiled
-def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base, rules, weighted,
+def _find(first, last, head, n_kv_heads, q_start, table, runs, key_starts, base, rules, weighted,
           book, found, ends):  # fmt: skip
     """The visible part of every run of segments [first, last): addresses, keys, position.
 
@@ -116,7 +76,6 @@ def _find(first, last, head, n_kv_heads, counters, table, runs, key_starts, base
     rows so far. Returns their number, -1 if a page is absent. Runs that follow each other in memory
     and position are joined.
     """
-    q_start = counters[_Q_START]
     page_tokens = page_tokens_of(book)
     to_value, row_bytes = value_offset(book) * (VALUE - KEY), bytes_of_row(book)
     n = 0
@@ -174,17 +133,17 @@ def _stride(logits, group):
 
 
 @compiled
-def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, queries, cos, sin,
-            coarse_cos, coarse_sin, book, floats, logits, found):  # fmt: skip
+def _logits(begin, end, n_found, head, at, base, weights, queries, floats, logits, found):
     """Logits of the keys of runs [begin, end). Returns the number of keys."""
-    exact = counters[_EXACT] == 1
+    exact, book = peek(at, EXACT) == 1, peek(at, PAGES)
     n_heads, head_dim = queries.shape
+    n_kv_heads = peek(at, N_KV_HEADS)
     group, half = n_heads // n_kv_heads, head_dim // 2
-    query_position = counters[_Q_START] - base[head * len(base) // n_kv_heads]
+    query_position = peek(at, Q_START) - base[head * len(base) // n_kv_heads]
     row_bytes = bytes_of_row(book)
     at_query = address(queries) + 4 * head * group * head_dim
     at_turned, at_logits = address(floats), address(logits)
-    at_cos, at_sin = address(cos), address(sin)
+    at_cos, at_sin = peek(at, COS), peek(at, SIN)
     stride = _stride(logits, group)
     variant = 4 * kind_of(book) - 1
     n = 0
@@ -195,7 +154,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
             n_bytes = min(NEAR_BYTES, found[r + AHEAD, 1] * row_bytes)
             prefetch_bytes(found[r + AHEAD, 2], n_bytes)
             prefetch_bytes(found[r + AHEAD, 0], n_bytes)
-        left, at, where = found[r, 1], found[r, 2], found[r, 3]
+        left, src, where = found[r, 1], found[r, 2], found[r, 3]
         step = half
         while left > 0:
             if exact:
@@ -205,7 +164,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
                 if where < origin or where >= origin + (1 if fixed else SPAN):
                     origin = where
                     _turn(at_turned, at_query, query_position - where, group, head_dim, at_cos, at_sin,
-                          address(coarse_cos), address(coarse_sin),
+                          peek(at, COARSE_COS), peek(at, COARSE_SIN),
                           at_turned + 4 * 2 * group * head_dim)  # fmt: skip
                 n_here = left if fixed else min(left, origin + SPAN - where)
                 step = 0 if fixed else half
@@ -215,7 +174,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
             out = 0
             while h < group:
                 m = tile_heads(group - h)
-                dots(at_logits + 4 * (out + n * tile_width(m)), turned + 4 * h * head_dim, at, row_bytes,
+                dots(at_logits + 4 * (out + n * tile_width(m)), turned + 4 * h * head_dim, src, row_bytes,
                      n_here, half, at_cos + angle, at_sin + angle, step, variant + m)  # fmt: skip
                 if len(weights) > 0:
                     for i in range(out + n * tile_width(m), out + (n + n_here) * tile_width(m)):
@@ -225,7 +184,7 @@ def _logits(begin, end, n_found, head, n_kv_heads, counters, base, weights, quer
             n += n_here
             left -= n_here
             where += n_here
-            at += n_here * row_bytes
+            src += n_here * row_bytes
     return n
 
 

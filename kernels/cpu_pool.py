@@ -128,7 +128,10 @@ class Pool:
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
         """A kept buffer [n_workers, *shape] with old contents. Under `lock`."""
-        shape = (self.n_workers, *shape)
+        return self.shared(name, (self.n_workers, *shape), dtype)
+
+    def shared(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+        """A kept buffer for all workers, with old contents. Under `lock`."""
         n_items = math.prod(shape)
         buffer = self._scratch.get(name)
         if buffer is None or buffer.size < n_items or buffer.dtype != dtype:

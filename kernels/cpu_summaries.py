@@ -96,12 +96,7 @@ def _room(n_kv_heads: int, n_blocks: int, tiles: np.ndarray) -> tuple[np.ndarray
         "summary-e": (n_kv_heads, 2, n_blocks, n_lanes),
         "summary-f": (n_kv_heads, n_lanes),
     }
-    made = []
-    for name, shape in shapes.items():
-        n_items = math.prod(shape)
-        kept = POOL.scratch(name, (-(-n_items // POOL.n_workers),))
-        made.append(kept.reshape(-1)[:n_items].reshape(shape))
-    return tuple(made)
+    return tuple(POOL.shared(name, shape) for name, shape in shapes.items())
 
 
 def _distances(

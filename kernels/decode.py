@@ -42,7 +42,6 @@ class PreparedDecode:
         self._policy, self._rope, self._scale = policy, rope, scale
         self._calls: list[cpu_decode.Call] = []
         self._shape = (n_heads, view.head_dim)
-        n_partials = sum(len(part) for _, part in self._parts)
         if cpu_decode is not None and rope.head_dim == view.head_dim and len(segments):
             books = [as_pages(part) for part, _ in self._parts]
             for (part, mine), pages in zip(self._parts, books, strict=True):
@@ -50,13 +49,11 @@ class PreparedDecode:
                     self._calls = []
                     break
                 self._calls.append(cpu_decode.Call(part, mine, policy, rope, scale, n_heads, pages))
-        if self._calls:
-            self._o = np.empty((n_partials, *self._shape), dtype=np.float32)
-            self._lse = np.empty((n_partials, n_heads), dtype=np.float32)
-            self._nothing = (
-                np.empty((0, view.head_dim), dtype=np.float32),
-                np.empty(0, dtype=np.float32),
-            )
+
+    @property
+    def call(self) -> cpu_decode.Call | None:
+        """For `layers.LayerRun`, if this is all that the attention takes."""
+        return self._calls[0] if len(self._calls) == 1 else None
 
     def attend(self, q: Tensor, position: int, base: tuple[int, ...]) -> Tensor:
         """q [H, 1, D] unrotated at `position`, whose key is appended; base: of the segments now.
@@ -64,18 +61,22 @@ class PreparedDecode:
         if not self._calls:
             return self._in_torch(q, position, base)
         plain = np.ascontiguousarray(q.detach().numpy().reshape(self._shape), dtype=np.float32)
-        bases = np.array(base, dtype=np.int64)
-        n_main = len(self._parts[0][1])
+        n_partials = sum(call.n_partials for call in self._calls)
+        o = np.empty((n_partials, *self._shape), dtype=np.float32)
+        lse = np.empty((n_partials, self._shape[0]), dtype=np.float32)
+        n_main = self._calls[0].n_partials
         for call in self._calls[1:]:
-            part, lse = self._o[n_main:], self._lse[n_main:]
-            n_means = self._parts[1][0].n_tokens
-            call(plain, position, bases, n_means, part, lse, *self._nothing)
+            call.of_token(position, base, self._parts[1][0].n_tokens)
+            part = (call.n_partials, o[n_main:].ctypes.data, lse[n_main:].ctypes.data)
+            call.to(plain.ctypes.data, part)
+            call.run()
         out = torch.empty(self._shape[0], 1, self._shape[1])
-        total = np.empty(self._shape[0], dtype=np.float32)
-        self._calls[0](
-            plain, position, bases, position + 1, self._o, self._lse,
-            out.numpy().reshape(self._shape), total,
-        )  # fmt: skip
+        total = torch.empty(self._shape[0])
+        call = self._calls[0]
+        call.of_token(position, base, position + 1)
+        every = (n_partials, o.ctypes.data, lse.ctypes.data)
+        call.to(plain.ctypes.data, every, (out.data_ptr(), total.data_ptr()))
+        call.run()
         return out
 
     def _in_torch(self, q: Tensor, position: int, base: tuple[int, ...]) -> Tensor:

@@ -9,9 +9,10 @@ from .block import BlockRows, BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .decode import PreparedDecode
 from .delta import delta_correction
+from .layers import LayersDone, RowCall, run_layers
 from .linear import linear_rows
 from .paged import PagedKV, gather_blocks, gather_tokens
-from .plan import base_of, good_until, plan_attend, plan_tail
+from .plan import base_of, plan_attend, plan_tail, tail_until
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
@@ -36,12 +37,14 @@ __all__ = [
     "BeforeAttention",
     "BlockRows",
     "BlockStep",
+    "LayersDone",
     "MassAudit",
     "Norm",
     "PagedKV",
     "PreparedDecode",
     "Product",
     "Rope",
+    "RowCall",
     "Segment",
     "Segments",
     "Selection",
@@ -58,7 +61,6 @@ __all__ = [
     "fill_table",
     "gather_blocks",
     "gather_tokens",
-    "good_until",
     "has_block_kernel",
     "linear_rows",
     "merge_partials",
@@ -68,9 +70,11 @@ __all__ = [
     "plan_attend",
     "plan_tail",
     "put_summaries",
+    "run_layers",
     "select_blocks",
     "summarise_pages",
     "tables_of",
+    "tail_until",
     "tail_view",
     "touched_pages",
     "warm_up",

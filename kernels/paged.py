@@ -12,6 +12,13 @@ from ..core.errors import InternalError
 
 Which = Literal["k", "v"]
 SCALE_BYTES = 4
+MOST_OF = {
+    torch.float32: torch.finfo(torch.float32).max,
+    torch.float16: 65519.996,
+    torch.bfloat16: 3.3961775e38,
+    torch.int8: torch.finfo(torch.float32).max,
+}
+"""By KV dtype, the largest float32 that rounds to a finite number of it."""
 
 
 def pack_int8(x: Tensor) -> Tensor:

@@ -79,24 +79,11 @@ def plan_dense(q: int, reach: int, page_tokens: int) -> Segments:
     return _join(parts, (0,), page_tokens)
 
 
-def good_until(q: int, selection: Selection, policy: LayerPolicy, page_tokens: int) -> int:
-    """First position after q at which `plan_attend` of one query changes in more than its base, while the
-    selection stays: a page enters or leaves the window, a sink, a block or a cell of the tail leaves it."""
-    first_page = max(0, q - policy.window + 1) // page_tokens
-    until = min(
-        (q // page_tokens + 1) * page_tokens, (first_page + 1) * page_tokens + policy.window - 1
-    )
-    seen = q - policy.window
-    if seen + 1 < policy.sink:
-        return q + 1
-    hidden = selection.blocks[selection.blocks > seen]
-    if hidden.numel():
-        until = min(until, int(hidden.min()) + policy.window)
-    if policy.tail:
-        # the next cell that leaves the window counts from then on
-        outside = (seen + 1 - policy.tail) // policy.tail
-        until = min(until, (outside + 2) * policy.tail + policy.window - 1)
-    return until
+def tail_until(q: int, policy: LayerPolicy) -> int:
+    """First position after q at which `plan_tail` changes while the selection stays: the next cell leaves
+    the window and counts from then on."""
+    outside = (q - policy.window + 1 - policy.tail) // policy.tail
+    return (outside + 2) * policy.tail + policy.window - 1
 
 
 def plan_tail(

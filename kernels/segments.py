@@ -20,6 +20,7 @@ KINDS: tuple[SegmentKind, ...] = ("sink", "selected", "window", "tail")
 
 RUNS_AT, HEADS, N_RUNS, RUN_TOKENS, RENUMBERED, KIND = range(6)
 """Columns of `Segments.table`."""
+COLUMNS = 6
 FIXED = 2
 """In column RENUMBERED: all keys of the segment stand at its first position."""
 

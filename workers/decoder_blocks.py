@@ -9,8 +9,9 @@ else stays with the modules, which is slower and never wrong.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,12 @@ from ..kernels.ops import (
     BeforeAttention,
     BlockRows,
     BlockStep,
+    LayersDone,
     Norm,
     Product,
+    RowCall,
     has_block_kernel,
+    run_layers,
 )
 from .row_layers import RowLinear, RowNorm, Share
 
@@ -43,6 +47,19 @@ _LAYER_PARTS = {
     *("", "self_attn", "mlp", "mlp.act_fn", *_NORMS, *_PRODUCTS),
     *(f"{parent}.{name}" for parent, names in _SHARES.items() for name in names),
 }
+
+
+@runtime_checkable
+class PlannedAttention(Protocol):
+    """Attention that says beforehand what it will do: `decode_step.DecodeStep`."""
+
+    def ready(self, layer: int) -> list[RowCall] | None: ...
+
+    def prepare(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> list[RowCall] | Tensor: ...
+
+    def ran(self, first_layer: int, n_layers: int, done: LayersDone, seconds: float) -> None: ...
 
 
 class _Unfit(Exception):
@@ -93,10 +110,37 @@ class DecoderBlocks:
         rows, q, k, v = self._rows(len(token_ids))
         rows.x.copy_(self._embed(token_ids))
         self._steps[0].run(rows)
-        for layer, scale in enumerate(self._scales):
-            attended = step.attend(layer, q, k, v, scale)
-            self._steps[layer + 1].run(rows, attended.contiguous())
+        layer = 0
+        while layer < len(self._scales):
+            layer += self._some(layer, rows, (q, k, v), step)
         return rows.out_of(self._steps[-1]).clone()
+
+    def _some(
+        self, layer: int, rows: BlockRows, qkv: tuple[Tensor, Tensor, Tensor], step: AttentionStep
+    ) -> int:
+        """Attention of this layer and the block after it, and as many more as need nothing decided.
+        Returns how many layers that were."""
+        scale, after = self._scales[layer], layer + 1
+        if not isinstance(step, PlannedAttention):
+            self._steps[after].run(rows, step.attend(layer, *qkv, scale).contiguous())
+            return 1
+        calls = step.ready(layer)
+        if calls is None:
+            made = step.prepare(layer, *qkv, scale)
+            if isinstance(made, Tensor):
+                self._steps[after].run(rows, made.contiguous())
+                return 1
+            calls = made
+        run = [calls]
+        while layer + len(run) < len(self._scales):
+            calls = step.ready(layer + len(run))
+            if calls is None:
+                break
+            run.append(calls)
+        started = time.monotonic()
+        done = run_layers(rows, self._steps[after : after + len(run)], run)
+        step.ran(layer, len(run), done, time.monotonic() - started)
+        return len(run)
 
     def _rows(self, n_rows: int) -> tuple[BlockRows, Tensor, Tensor, Tensor]:
         """Rows to work in, and q, k and v in them as attention reads them."""

@@ -299,10 +299,12 @@ class Engine:
         started = time.monotonic()
         for row in rows:
             self.flow.reserve(row, row.n_done + 1)
+            self.flow.reserve_early(row, row.n_done + self._attention.most_refreshed)
         step = DecodeStep(self._attention, rows, self._config.worker.audit_interval)
         tokens = torch.tensor([row.next_token() for row in rows], dtype=torch.int64)
         forward_started = time.monotonic()
         hidden = self._model.hidden(tokens, step, decode=True)
+        step.finish()
         logits = self._model.logits(hidden)
         linear_s = (time.monotonic() - forward_started - step.seconds) / len(rows)
         for row in rows:

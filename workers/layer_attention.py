@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ..kernels.ops import (
     attend_segments,
     candidate_end,
     delta_correction,
+    has_block_kernel,
     merge_partials,
     plan_attend,
     plan_tail,
@@ -47,11 +49,24 @@ class LayerAttention:
         n_heads: int,
     ) -> None:
         self._n_heads = n_heads
+        self.page_tokens = flow.geometry.page_tokens
+        plans_ahead = has_block_kernel() and flow.geometry.head_dim % 16 == 0
+        self.n_ahead = [self._planned_tokens(p) if plans_ahead else 1 for p in policies]
+        """Per layer, tokens that one plan of decode is made for, if their pages are there: kernels give
+        the same bits whatever else the plan has, plain torch does not."""
         self.flow = flow
         self.pages = flow.reader
         self.policies = policies
         self.rope = rope
         self._index = index
+
+    @cached_property
+    def most_refreshed(self) -> int:
+        """Tokens that a selection stays for at most, over all layers."""
+        return max((p.refreshes[-1] for p in self.policies if p.stages), default=1)
+
+    def _planned_tokens(self, policy: LayerPolicy) -> int:
+        return policy.refreshes[-1] if policy.stages else self.page_tokens
 
     def select(
         self,
@@ -111,7 +126,7 @@ class LayerAttention:
         self, layer: int, row: Row, selection: Selection, level: int, coarse: bool
     ) -> None:
         """Pages whose keys a search has probed: those of what entered the first one from `level` on."""
-        policy, page_tokens = self.policies[layer], self.flow.geometry.page_tokens
+        policy, page_tokens = self.policies[layer], self.page_tokens
         for i, stage in enumerate(policy.stages):
             if i < level or stage.scorer != "search" or (i == 0 and coarse):
                 continue
@@ -139,7 +154,7 @@ class LayerAttention:
     def segments(
         self, layer: int, q_start: int, n_queries: int, selection: Selection | None
     ) -> Segments:
-        page_tokens = self.flow.geometry.page_tokens
+        page_tokens = self.page_tokens
         return plan_attend(q_start, n_queries, selection, self.policies[layer], page_tokens)
 
     def tail(
@@ -156,7 +171,7 @@ class LayerAttention:
         policy = self.policies[layer]
         if not policy.tail or selection is None:
             return None
-        segments = plan_tail(q_start, selection, policy, self.flow.geometry.page_tokens)
+        segments = plan_tail(q_start, selection, policy, self.page_tokens)
         if segments is None:
             return None
         while True:
@@ -187,7 +202,7 @@ class LayerAttention:
             return out
         started = time.monotonic()
         view = self.pages.selection_view(layer, row, n_appended)
-        n_pages = -(-(q_start + 1) // self.flow.geometry.page_tokens)
+        n_pages = -(-(q_start + 1) // self.page_tokens)
         self.pages.note_in_place(layer, row, np.arange(n_pages))
         out = delta_correction(q, q_start, view, out, n_kept, policy, self.rope, scale)
         row.stats.seconds_attend += time.monotonic() - started

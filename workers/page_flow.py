@@ -194,6 +194,11 @@ class PageFlow:
                 raise
             row.page_ids.append(page_id)
 
+    def reserve_early(self, row: Row, end: int) -> None:
+        """`reserve` for tokens that may come, if that leaves the bank room to work."""
+        if all(residency.may_pin(self.geometry.n_kv_heads) for residency in self.residency):
+            self.reserve(row, end)
+
     def _with_room(self, row: Row, act, layer: int):  # type: ignore[no-untyped-def]
         """Run a residency decision, waiting for pages under way to the store when it lacks room."""
         deadline = time.monotonic() + self._store_timeout_s
@@ -234,13 +239,7 @@ class PageFlow:
         slots = self.residency[layer].slots_of(leaves)
         wrong = self.bank.write(layer, slots, positions % page_tokens, k[:, skip:], v[:, skip:])
         if wrong >= 0:
-            raise NumericalError(
-                f"row {row.row_id}: a key or value of layer {layer} at position {positions[wrong]} "
-                f"is not finite in {self.geometry.kv_dtype}; the row cannot be answered",
-                row_id=row.row_id,
-                layer=layer,
-                position=int(positions[wrong]),
-            )
+            raise not_finite(row, layer, int(positions[wrong]), self.geometry)
 
     def complete(self, row: Row, start: int, end: int) -> None:
         """Pages that filled up with tokens start … end in all layers go to the store, behind us."""
@@ -331,3 +330,13 @@ class PageFlow:
         wait([w.future for w in self._writes], timeout=timeout_s)
         self.poll()
         return not self._writes
+
+
+def not_finite(row: Row, layer: int, position: int, geometry: PageGeometry) -> NumericalError:
+    return NumericalError(
+        f"row {row.row_id}: a key or value of layer {layer} at position {position} is not finite in "
+        f"{geometry.kv_dtype}; the row cannot be answered",
+        row_id=row.row_id,
+        layer=layer,
+        position=position,
+    )

@@ -46,6 +46,10 @@ class Residency:
     def n_unsafe(self) -> int:
         return int(self._unsafe.sum())
 
+    def may_pin(self, n: int) -> bool:
+        """Whether n more leaves could be unsafe with most of the bank still free to change."""
+        return 4 * (self.n_unsafe + n) <= self.n_slots
+
     def slots_of(self, leaves: np.ndarray) -> np.ndarray:
         """Slot per leaf, -1 where absent. Any shape."""
         top = int(leaves.max(initial=0))

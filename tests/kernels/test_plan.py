@@ -15,9 +15,9 @@ from longreach.kernels.ops import (
     Segment,
     Selection,
     base_of,
-    good_until,
     plan_attend,
     plan_tail,
+    tail_until,
     touched_pages,
 )
 from longreach.kernels.paged import block_token_ids
@@ -114,16 +114,14 @@ def test_dense_is_all_window():
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_a_plan_is_good_until_it_changes(data):
-    """Before `good_until` a new plan differs in its base alone."""
-    window = data.draw(st.sampled_from([64, 100, 256]))
-    tail = data.draw(st.sampled_from([0, 8, 16]))
+def test_a_tail_is_good_until_it_changes(data):
+    """Before `tail_until` a new plan of the tail differs in its base alone."""
     policy = LayerPolicy(
-        stages=(Stage(chunk=8, keep=64),),
+        stages=(Stage(chunk=16, keep=960), Stage(chunk=8, keep=64)),
         sink=data.draw(st.sampled_from([0, 32, 64])),
-        window=window,
+        window=data.draw(st.sampled_from([64, 100, 256])),
         attend_rope=data.draw(st.sampled_from(["streaming", "none"])),
-        tail=tail,
+        tail=data.draw(st.sampled_from([8, 16])),
     )
     start = data.draw(st.integers(0, 900))
     rows = [
@@ -132,40 +130,22 @@ def test_a_plan_is_good_until_it_changes(data):
     ]
     blocks = selection_of(*[[8 * b for b in row] for row in rows]).blocks
     entered = torch.arange(0, 968, 8).expand(len(rows), -1)
-    counts = (blocks >= 0).sum(dim=1)
-    two_stages = policy.model_copy(update={"stages": (Stage(chunk=16, keep=960), *policy.stages)})
-    selection = Selection((None, entered), blocks, counts)
-
-    def plans(q):
-        made = [plan_attend(q, 1, selection, two_stages, 16)]
-        if tail:
-            made.append(plan_tail(q, selection, two_stages, 16))
-        return made
-
-    before, until, n_same = plans(start), good_until(start, selection, two_stages, 16), 0
+    selection = Selection((None, entered), blocks, (blocks >= 0).sum(dim=1))
+    before, until, n_same = plan_tail(start, selection, policy, 16), tail_until(start, policy), 0
     for q in range(start + 1, start + 40):
-        fresh = plans(q)
-        if q < until:
-            n_same += 1
-            for old, new in zip(before, fresh, strict=True):
-                assert (old is None) == (new is None)
-                if new is None:
-                    continue
-                for name in (
-                    "table",
-                    "runs",
-                    "run_tokens",
-                    "run_heads",
-                    "key_starts",
-                    "run_weights",
-                ):
-                    assert np.array_equal(getattr(old, name), getattr(new, name)), name
-                assert new.base == base_of(q, selection, two_stages)
-        else:
-            before, until = fresh, good_until(q, selection, two_stages, 16)
+        fresh = plan_tail(q, selection, policy, 16)
+        if q >= until:
+            before, until = fresh, tail_until(q, policy)
             assert until > q
-    if start > window + policy.sink:
-        assert n_same >= 20  # a page ends every 16 tokens, a block is seen every 8
+            continue
+        n_same += 1
+        assert (before is None) == (fresh is None)
+        if fresh is None:
+            continue
+        for name in ("table", "runs", "run_tokens", "run_heads", "key_starts", "run_weights"):
+            assert np.array_equal(getattr(before, name), getattr(fresh, name)), name
+        assert fresh.base == base_of(q, selection, policy)
+    assert n_same >= 20
 
 
 def test_touched_pages():

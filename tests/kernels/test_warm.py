@@ -9,9 +9,9 @@ from longreach.core.stage import LayerPolicy, Stage
 from longreach.kernels import (
     cpu_append,
     cpu_attend,
+    cpu_attend_query,
     cpu_linear,
     cpu_merge,
-    cpu_one_query,
     cpu_search,
     cpu_summary_scores,
 )
@@ -32,8 +32,7 @@ WORKERS = (
     cpu_attend._worker,
     cpu_linear._worker,
     cpu_merge._merge_worker,
-    cpu_one_query.rotate_heads,
-    cpu_one_query.worker,
+    cpu_attend_query.worker,
     cpu_search._worker,
     cpu_summary_scores.worker,
 )

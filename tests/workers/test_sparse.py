@@ -219,19 +219,18 @@ def test_cached_masks_with_refresh_1_equal_uncached_ones(
 def test_cached_masks_are_reused_between_refreshes(config: Any, tmp_path: Path) -> None:
     """The other half of the former test: with the preset's own intervals masks do get old."""
     prompts = prompts_of(1500)
-    calls: list[int] = []
-    select = layer_attention.LayerAttention.select
+    levels: list[int] = []
+    level = decode_step.DecodeStep._level
 
-    def spy(self: Any, layer: int, row: Any, q: Any, *rest: Any, **more: Any) -> Any:
-        if q.shape[1] == 1:
-            calls.append(rest[4])
-        return select(self, layer, row, q, *rest, **more)
+    def spy(self: Any, layer: int, row: Any) -> int:
+        levels.append(level(self, layer, row))
+        return levels[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_attention.LayerAttention, "select", spy)
+        patch.setattr(decode_step.DecodeStep, "_level", spy)
         run(config(), prompts, tmp_path)
-    assert set(calls) == {0, 1, 2, 3}
-    assert calls.count(3) > calls.count(0)
+    assert set(levels) == {0, 1, 2, 3}
+    assert levels.count(3) > levels.count(0)
 
 
 def test_a_replay_gives_the_tokens_of_the_undisturbed_run(config: Any, tmp_path: Path) -> None:
