@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .paged import MOST_OF, SCALE_BYTES, pack_int8
+from .paged import MOST_OF, RAW, SCALE_BYTES, pack_int8
 
 try:
     from . import cpu_append
@@ -15,14 +15,6 @@ except ModuleNotFoundError as exc:  # without numba the torch path below does th
     if exc.name not in ("numba", "llvmlite"):
         raise
     cpu_append = None  # type: ignore[assignment]
-
-RAW = {
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.int8: torch.int8,
-}
-"""Integers of an element's size: numpy knows no bfloat16."""
 
 
 def append_tokens(

@@ -12,6 +12,13 @@ from ..core.errors import InternalError
 
 Which = Literal["k", "v"]
 SCALE_BYTES = 4
+RAW = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.int8: torch.int8,
+}
+"""Integers of an element's size: numpy knows no bfloat16."""
 MOST_OF = {
     torch.float32: torch.finfo(torch.float32).max,
     torch.float16: 65519.996,

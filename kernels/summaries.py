@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.stage import LayerPolicy, Stage
-from .paged import PagedKV, gather_blocks
+from .paged import RAW, PagedKV, gather_blocks
 
 try:
     from . import cpu_page_summaries
@@ -168,7 +168,9 @@ def put(
     step = pages_of(name[1], page_tokens)
     last_of_chunk = first_page // step * step + step - 1
     pages = last_of_chunk + step * np.arange(len(rows))
-    table[torch.from_numpy(slots[pages])] = rows.to(table.dtype)
+    # copied in numpy: torch wakes its threads for it, which then spin beside our own
+    raw = RAW[table.dtype]
+    table.view(raw).numpy()[slots[pages]] = rows.to(table.dtype).view(raw).numpy()
 
 
 def pieces(

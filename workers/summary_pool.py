@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -57,7 +58,7 @@ class SummaryPool:
         """Make the summaries of the row's pages [first, last) from their keys."""
         self._grow(layer, slots)
         for name in self.names[layer]:
-            table = self._table(layer, name, empty_table(name, view, 0))
+            table = self._table(layer, name, functools.partial(empty_table, name, view, 0))
             fill_table(table, name, view, slots, first, last)
         self.mark(layer, slots[first:last], versions[first:last])
 
@@ -67,15 +68,16 @@ class SummaryPool:
         """What `page_summaries` made of the pages from first_page on; it counts once `mark` was called
         for them."""
         self._grow(layer, slots)
-        table = self._table(layer, name, rows)
+        table = self._table(layer, name, lambda: rows)
         put_summaries(table, name, slots, first_page, rows, self._page_tokens)
 
-    def _table(self, layer: int, name: TableName, like: Tensor) -> Tensor:
-        """With room for all slots of the layer; `like`: summaries of the kind it holds."""
+    def _table(self, layer: int, name: TableName, like: Callable[[], Tensor]) -> Tensor:
+        """With room for all slots of the layer; `like`: makes summaries of the kind it holds."""
         table = self._tables[layer].get(name)
         n_slots = len(self._filled[layer])
         if table is None or len(table) < n_slots:
-            grown = huge_zeros((n_slots, *like.shape[1:]), like.dtype)
+            kind = like()
+            grown = huge_zeros((n_slots, *kind.shape[1:]), kind.dtype)
             if table is not None:
                 grown[: len(table)] = table
             self._tables[layer][name] = table = grown
