@@ -21,6 +21,13 @@ from .selection import (
 )
 from .summaries import Summaries
 
+try:
+    from . import cpu_top
+except ModuleNotFoundError as exc:  # without numba the torch path below does the same
+    if exc.name not in ("numba", "llvmlite"):
+        raise
+    cpu_top = None  # type: ignore[assignment]
+
 
 def select_blocks(
     q: Tensor,
@@ -67,12 +74,15 @@ def select_blocks(
             starts = coarse.expand(n_sel, -1)
         elif not keeps_all(starts, stage) or (stage.top_p is not None and starts.shape[1]):
             scores = score_chunks(q, q_start, view, starts, stage, policy, rope, scale, summaries)
-            reduced = reduce_heads(scores, policy.head_reduce)
-            shares = None
-            if stage.top_p is not None:
-                shares = chunk_shares(starts, reduced, policy, scale)
             n_keep = stage.keep // stage.chunk
-            starts = top_chunks(starts, reduced, n_keep, shares, stage.top_p or 1.0)
+            if cpu_top is not None and stage.top_p is None:
+                starts = cpu_top.top_chunks(starts, scores, n_keep)
+            else:
+                reduced = reduce_heads(scores, policy.head_reduce)
+                shares = None
+                if stage.top_p is not None:
+                    shares = chunk_shares(starts, reduced, policy, scale)
+                starts = top_chunks(starts, reduced, n_keep, shares, stage.top_p or 1.0)
         if i + 1 < n_stages:
             starts = split_chunks(starts, stage.chunk, policy.stages[i + 1].chunk, end)
             inputs[i + 1] = starts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.kernels import attend, linear, score, summaries
+from longreach.kernels import attend, linear, score, select, summaries
 from longreach.kernels.cpu_pool import POOL
 from longreach.kernels.paged import PagedKV, pack_int8, unpack_int8
 from longreach.kernels.rope import Rope
@@ -40,6 +40,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(attend, "cpu_merge", None)
         monkeypatch.setattr(score, "cpu_search", None)
         monkeypatch.setattr(score, "cpu_summaries", None)
+        monkeypatch.setattr(select, "cpu_top", None)
         monkeypatch.setattr(linear, "cpu_linear", None)
         monkeypatch.setattr(summaries, "cpu_page_summaries", None)
     else:
@@ -47,6 +48,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         assert attend.cpu_merge is not None
         assert score.cpu_search is not None
         assert score.cpu_summaries is not None
+        assert select.cpu_top is not None
         assert linear.cpu_linear is not None
         assert summaries.cpu_page_summaries is not None
     return str(request.param)

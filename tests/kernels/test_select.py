@@ -9,6 +9,7 @@ import torch
 
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
+from longreach.kernels import cpu_top
 from longreach.kernels import reference_select as reference
 from longreach.kernels.ops import (
     PagedKV,
@@ -264,6 +265,27 @@ def test_top_chunks_ties_and_padding():
     scores = torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0], [0.0, -0.0, 5.0, 9.0, 9.0]])
     assert top_chunks(starts, scores, 3).tolist() == [[0, 8, 24], [0, 8, 16]]
     assert top_chunks(starts, scores, 2).tolist() == [[8, 24], [0, 16]]
+
+
+@pytest.mark.parametrize("n_lists", [1, 3])
+@pytest.mark.parametrize("n_chunks", [1, 2, 7, 500, 4096])
+def test_compiled_top_chunks_equal_plain_ones(n_lists, n_chunks):
+    """Ties, zeros of both signs, infinities, NaN and padding included."""
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.randn(3, n_chunks, generator=generator)
+        if seed % 2:
+            scores = (scores * 2).round() / 2 * torch.tensor([[1.0], [-1.0], [1e-20]])
+        odd = torch.rand(3, n_chunks, generator=generator)
+        for i, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0)):
+            scores[(odd > 0.02 * i) & (odd < 0.02 * (i + 1))] = value
+        starts = 8 * torch.arange(n_chunks).repeat(n_lists, 1)
+        for i in range(n_lists):
+            starts[i, n_chunks - (i * n_chunks) // 5 :] = -1
+        for n_keep in (1, 2, n_chunks // 3 + 1, n_chunks, n_chunks + 5):
+            reduced = reduce_heads(scores, "all" if n_lists == 1 else "kv-group")
+            want = top_chunks(starts, reduced, n_keep)
+            assert torch.equal(cpu_top.top_chunks(starts, scores, n_keep), want)
 
 
 def test_reduce_heads():
