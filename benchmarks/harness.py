@@ -49,11 +49,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """How a row ended. `prefill` are its counters when the first token came, `stats` at the end."""
+    """How a row ended. `prefill` are its counters when the first token came, `begun` when the second did
+    (of a row with one token, when that came), `stats` at the end."""
 
     text: str
     token_ids: list[int]
     prefill: dict[str, float]
+    begun: dict[str, float]
     stats: dict[str, float]
 
 
@@ -95,6 +97,7 @@ class Session:
             self._engine.submit(request)
         started_s = spoken_s = time.monotonic()
         prefill: dict[str, dict[str, float]] = {}
+        begun: dict[str, dict[str, float]] = {}
         done: dict[str, Answer] = {}
         while self._engine.n_rows:
             for event in self._engine.step():
@@ -102,12 +105,15 @@ class Session:
                     raise event.error
                 if event.kind == "token" and event.payload["index"] == 0:
                     prefill[event.row_id] = self._counters(event.row_id)
+                if event.kind == "token" and event.payload["index"] == 1:
+                    begun[event.row_id] = self._counters(event.row_id)
                 if event.kind == "done":
                     payload = event.payload
-                    first = prefill[event.row_id] or payload["stats"]
-                    done[event.row_id] = Answer(
-                        payload["text"], payload["token_ids"], first, payload["stats"]
-                    )
+                    last = payload["stats"]
+                    first = prefill[event.row_id] or last
+                    second = begun.get(event.row_id) or first
+                    texts = payload["text"], payload["token_ids"]
+                    done[event.row_id] = Answer(*texts, first, second, last)
             if time.monotonic() - spoken_s > PROGRESS_EVERY_S:
                 spoken_s = time.monotonic()
                 say(self._progress(spoken_s - started_s))

@@ -35,7 +35,7 @@ from longreach.workers.model_source import model_geometry
 from longreach.workers.prompt import Prompt, PromptBuilder
 
 from . import harness
-from .harness import Say, Session, open_session, reset_peak, resident_bytes, write_result
+from .harness import Answer, Say, Session, open_session, reset_peak, resident_bytes, write_result
 from .llama_cpp import WAYS, LlamaCppError, environment_python, evaluate
 from .model_report import (
     DENSE,
@@ -44,13 +44,14 @@ from .model_report import (
     Row,
     Systems,
     completed,
+    parts_table,
     plot,
     pyplot,
     ratios,
     ratios_table,
     rows_table,
 )
-from .speed import parts_table, rates, sparse_row
+from .speed import rates, seconds_by_part, sparse_row
 from .texts import build_text
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -132,10 +133,12 @@ def fresh_peak() -> dict[str, int]:
 def measured(
     n_tokens: int, n_prefilled: int, prefill_s: float, step_s: Sequence[float], peak_bytes: int
 ) -> Row:
-    """decode_ms is of single forwards of one token, as whoever waits for the tokens sees them."""
+    """decode_ms is of single forwards of one token, as whoever waits for the tokens sees them. The first
+    stands for itself: ours selects anew in all layers then, which later steps share among them."""
     ms = [seconds * 1e3 for seconds in step_s]
-    spread = {"median": statistics.median(ms), "mean": statistics.fmean(ms), "max": max(ms)}
-    spread["max_over_median"] = spread["max"] / spread["median"]
+    later = ms[1:] or ms
+    spread = {"first": ms[0], "median": statistics.median(later), "max": max(later)}
+    spread |= {"mean": statistics.fmean(later), "max_over_median": max(later) / spread["median"]}
     return {
         "tokens": n_tokens,
         "extrapolated": False,
@@ -157,11 +160,20 @@ def ours_at(session: Session, prompt: Prompt, asked: Asked) -> Row:
     return {
         **measured(prompt.n_tokens, n_prefilled, stats["prefill_s"], step_s, peak_bytes),
         **sparse_row(answer),
+        "steady": steady_row(answer),
         "tokens_reused": int(stats["tokens_reused"]),
         "token_ids": answer.token_ids,
         "ttft_s": round(stats["ttft_s"], 3),
         "memory": memory,
     }
+
+
+def steady_row(answer: Answer) -> Row:
+    """Time by part of the decode steps after the first."""
+    last = answer.stats
+    later = {name: last[name] - answer.begun[name] for name in last}
+    seconds = seconds_by_part(later, later["decode_s"])
+    return {"steps": int(later["tokens_decoded"]), "seconds": seconds, "s": later["decode_s"]}
 
 
 def room(config: Config, n_tokens: int, scratch: str) -> tuple[Config, Row]:
@@ -331,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compared = ratios(systems)
     write_result(path, result | {"complete": True, "systems": systems, "ratios": compared})
     for name in configs:
-        out.print(f"{name}, {max(lengths):,} tokens:", parts_table(rows[name][-1]))
+        out.print(name, parts_table(rows[name]))
     out.print(rows_table(systems))
     out.print(ratios_table(compared))
     if not arguments.no_plot:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from . import harness
 from .llama_cpp import WAYS, faster
+from .speed import PARTS
 
 OURS, DENSE, LLAMA = "longreach", "dense attention", "llama.cpp"
 # by length, how many times as fast as llama.cpp
@@ -117,7 +118,7 @@ def _mark(row: Row, text: str) -> str:
 def rows_table(systems: Systems) -> Table:
     made = Table(title="By context length (~: extrapolated)")
     names = ("system", "tokens", "prefill/s", "of the new part", "first token", "decode ms")
-    for name in (*names, "mean", "max", "max/median", "peak MiB"):
+    for name in (*names, "mean", "first", "max of others", "max/median", "peak MiB"):
         made.add_column(name, justify="left" if name == "system" else "right")
     for name, rows in systems.items():
         for row in rows:
@@ -130,10 +131,30 @@ def rows_table(systems: Systems) -> Table:
             ]
             cells = [_mark(row, cell) for cell in cells]
             if not row["extrapolated"]:
-                cells += [f"{ms[kind]:.1f}" for kind in ("mean", "max", "max_over_median")]
+                cells += [f"{ms[kind]:.1f}" for kind in ("mean", "first", "max")]
+                cells.append(f"{ms['max_over_median']:.2f}")
                 cells.append(f"{row['peak_resident_bytes'] / 2**20:,.0f}")
             made.add_row(name, f"{row['tokens']:,}", *cells)
         made.add_section()
+    return made
+
+
+def parts_table(rows: Sequence[Row]) -> Table:
+    """Where the time of one side's rows goes, by length."""
+    made = Table(title="Where the time goes, ms per token")
+    for name in ("tokens", "phase", *PARTS, "other", "all"):
+        made.add_column(name, justify="left" if name == "phase" else "right")
+    for row in rows:
+        steady = row["steady"]
+        phases = {
+            "prefill": (row["prefill_seconds"], row["prefill_s"], row["tokens_prefilled"]),
+            "decode": (steady["seconds"], steady["s"], steady["steps"]),
+        }
+        for phase, (seconds, total_s, n) in phases.items():
+            every = [*(seconds[part] for part in (*PARTS, "other")), total_s]
+            made.add_row(
+                f"{row['tokens']:,}", phase, *(f"{1e3 * x / max(n, 1):.2f}" for x in every)
+            )
     return made
 
 

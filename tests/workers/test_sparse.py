@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longreach.core.config import Config
-from longreach.workers import decode_step, layer_attention, page_flow
+from longreach.workers import decode_step, decoder_blocks, layer_attention, page_flow
 
 from .tiny import (
     VOCAB,
@@ -231,6 +231,40 @@ def test_cached_masks_are_reused_between_refreshes(config: Any, tmp_path: Path) 
         run(config(), prompts, tmp_path)
     assert set(levels) == {0, 1, 2, 3}
     assert levels.count(3) > levels.count(0)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_layers_run_together_or_one_by_one(config: Any, tmp_path: Path, n_rows: int) -> None:
+    """In one launch where nothing is to be decided, in a launch each, or by the calls of `attend`."""
+    prompts = prompts_of(1500, 900, 1700)[:n_rows]
+    ran: list[int] = []
+    found = []
+    for way in ("together", "one by one", "attend"):
+        with pytest.MonkeyPatch.context() as patch:
+            if way == "one by one":
+                patch.setattr(decode_step.DecodeStep, "ready", lambda self, layer: None)
+            if way == "attend":
+                patch.setattr(decoder_blocks, "PlannedAttention", int)
+            else:
+                original = decode_step.DecodeStep.ran
+
+                def spy(
+                    self: Any, first: int, n_layers: int, *rest: Any, o: Any = original
+                ) -> None:
+                    ran.append(n_layers)
+                    o(self, first, n_layers, *rest)
+
+                patch.setattr(decode_step.DecodeStep, "ran", spy)
+            found.append(tokens(run(config(), prompts, tmp_path)))
+        if way == "together":
+            assert max(ran) > 1
+            ran.clear()
+        elif way == "one by one":
+            assert set(ran) == {1}
+            ran.clear()
+        else:
+            assert not ran
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_replay_gives_the_tokens_of_the_undisturbed_run(config: Any, tmp_path: Path) -> None:
