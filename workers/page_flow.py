@@ -129,12 +129,21 @@ class PageFlow:
         for key in row.keys[row.n_existing_pages :]:
             if self._claims.get(key) is row:
                 del self._claims[key]
+        forgotten, released = [], []
         for page_id in row.page_ids:
             gone, ended = self.pages.let_go(page_id)
             if gone:
-                self._forget(page_id)
-            if ended is not None and self._client is not None:
-                self._client.release(ended)
+                forgotten.append(page_id)
+                self._bump(page_id)
+            if ended is not None:
+                released.append(ended)
+        # at once: other rows wait for the end of one that has thousands of pages
+        leaves = self._leaves(np.array(forgotten, dtype=np.int64))
+        for residency in self.residency:
+            residency.forget(leaves)
+        if self._client is not None:
+            for group in released:
+                self._client.release(group)
         row.page_ids = PageList()
         if self._client is not None and row.private_keys:
             # a page that is still being written would outlive a drop that overtakes it
@@ -142,12 +151,6 @@ class PageFlow:
             self._drop_when_written |= writing
             self._client.drop([key for key in row.private_keys if key not in writing])
         row.private_keys = []
-
-    def _forget(self, page_id: int) -> None:
-        leaves = self._leaves(np.array([page_id]))
-        for residency in self.residency:
-            residency.forget(leaves)
-        self._bump(page_id)
 
     def _bump(self, page_id: int) -> None:
         """A page number is reused: writes started for its former page no longer concern it."""

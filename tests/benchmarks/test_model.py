@@ -126,7 +126,7 @@ def test_extrapolated_rows_are_marked_and_drawn_dashed(report: ModuleType, tmp_p
     measured = {report.DENSE: [_quadratic(1024), _quadratic(2048)]}
     for row in measured[report.DENSE]:
         row |= {"ttft_s": 1.0, "peak_resident_bytes": 1 << 20}
-        row["decode_ms"] |= {"mean": 1.0, "max": 2.0, "max_over_median": 2.0}
+        row["decode_ms"] |= {"mean": 1.0, "first": 3.0, "max": 2.0, "max_over_median": 2.0}
     systems = report.completed(measured, (1024, 2048, 4096), grown=False)
     rates = list(report.rows_table(systems).columns[2].cells)
     assert [cell.startswith("~") for cell in rates] == [False, False, True]
