@@ -43,7 +43,7 @@ from .needles import found
 from .texts import Count, Document, build_text
 
 LENGTHS = (8192, 16384, 32768, 65536)
-QUICK_LENGTHS = (3072, 4096)
+QUICK_LENGTHS = (4096, 5120)
 STYLES = (
     ("relative", "streaming"),
     ("clamped", "streaming"),
