@@ -137,6 +137,19 @@ def _dots(n_x: int, n_w: int) -> Any:
 dots_1x6, dots_1x3, dots_1x1 = _dots(1, 6), _dots(1, 3), _dots(1, 1)
 
 
+def _tops(e: Emit, rows: Any, ld: Any, n: Any, out: Any) -> Any:
+    """Maxima of 16 columns of n rows to `out`; with 0 in place of -inf, which cannot be subtracted, as a
+    vector."""
+    lowest = e.const(float("-inf"))
+    state = cgutils.alloca_once_value(e.b, lowest)
+    with cgutils.for_range(e.b, n) as loop:
+        value = e.vector(rows, e.b.mul(loop.index, ld))
+        e.b.store(e.maximum(e.b.load(state), value), state)
+    top = e.b.load(state)
+    e.store(top, out, e.index(0))
+    return e.b.select(e.b.fcmp_ordered("==", top, lowest), e.const(0.0), top)
+
+
 def _columns(store: bool) -> Any:
     """For 16 columns of s [n_keys, ld_s]: the maxima and the sums of 2 ** (s - max), to 16 floats each;
     with `store` also s = 2 ** (s - max). A column of -inf gives zeros, sum 0 and maximum -inf."""
@@ -144,15 +157,8 @@ def _columns(store: bool) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         s, ld_s, n_keys, top_out, total_out = args
         e = Emit(builder)
-        lowest = e.const(float("-inf"))
-        state = cgutils.alloca_once_value(builder, lowest)
-        with cgutils.for_range(builder, n_keys) as loop:
-            value = e.vector(s, builder.mul(loop.index, ld_s))
-            builder.store(e.maximum(builder.load(state), value), state)
-        top = builder.load(state)
-        e.store(top, top_out, e.index(0))
-        safe = builder.select(builder.fcmp_ordered("==", top, lowest), e.const(0.0), top)
-        builder.store(e.const(0.0), state)
+        safe = _tops(e, s, ld_s, n_keys, top_out)
+        state = cgutils.alloca_once_value(builder, e.const(0.0))
         with cgutils.for_range(builder, n_keys) as loop:
             at = builder.mul(loop.index, ld_s)
             value = e.exp2(builder.fsub(e.vector(s, at), safe))
@@ -180,15 +186,8 @@ def merge_columns(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tops, totals, ld, n, top_out, total_out = args
         e = Emit(builder)
-        lowest = e.const(float("-inf"))
-        state = cgutils.alloca_once_value(builder, lowest)
-        with cgutils.for_range(builder, n) as loop:
-            value = e.vector(tops, builder.mul(loop.index, ld))
-            builder.store(e.maximum(builder.load(state), value), state)
-        top = builder.load(state)
-        e.store(top, top_out, e.index(0))
-        safe = builder.select(builder.fcmp_ordered("==", top, lowest), e.const(0.0), top)
-        builder.store(e.const(0.0), state)
+        safe = _tops(e, tops, ld, n, top_out)
+        state = cgutils.alloca_once_value(builder, e.const(0.0))
         with cgutils.for_range(builder, n) as loop:
             at = builder.mul(loop.index, ld)
             weight = e.exp2(builder.fsub(e.vector(tops, at), safe))

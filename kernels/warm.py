@@ -12,12 +12,14 @@ from ..core.stage import LayerPolicy, Stage
 from .append import append_tokens
 from .attend import attend_segments, merge_partials
 from .block import BlockRows, BlockStep, has_block_kernel
-from .block_weights import Norm
+from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .decode import PreparedDecode
+from .layers import RowCall, run_layers
 from .linear import linear_rows
 from .paged import SCALE_BYTES, PagedKV
 from .plan import plan_attend
 from .rope import Rope
+from .segments import Segments
 from .select import select_blocks
 
 try:
@@ -71,7 +73,20 @@ def warm_up() -> float:
     linear_rows(torch.zeros(2, 16), torch.zeros(3, 16), torch.zeros(3))
     linear_rows(torch.zeros(1, 1024), torch.zeros(1024, 1024))  # large enough for all threads
     if has_block_kernel():
-        # all its phases are one compiled function
-        block = BlockStep(None, Norm(torch.ones(16), 1e-6))
-        block.run(BlockRows(1, [block]))
+        _warm_layers(view, segments, policies[0], rope)
     return time.monotonic() - started
+
+
+def _warm_layers(view: PagedKV, segments: Segments, policy: LayerPolicy, rope: Rope) -> None:
+    """One block behind one attention: all its phases are one compiled function."""
+    dim = view.head_dim
+    norm, square = Norm(torch.ones(dim), 1e-6), Product(torch.zeros(dim, dim))
+    gate_up, qkv = Product(torch.zeros(2 * dim, dim)), Product(torch.zeros(4 * dim, dim))
+    before = BeforeAttention(norm, qkv, 2, 1, dim)
+    after = AfterAttention(Product(torch.zeros(dim, 2 * dim)), norm, gate_up, square)
+    steps = [BlockStep(None, before), BlockStep(after, norm)]
+    rows = BlockRows(1, steps)
+    steps[0].run(rows)
+    prepared = PreparedDecode(view, segments, policy, rope, 1.0, 2)
+    call = RowCall(prepared, view.n_tokens - 1, segments.base, append=True)
+    run_layers(rows, steps[1:], [[call]])

@@ -10,10 +10,12 @@ from longreach.kernels import (
     cpu_append,
     cpu_attend,
     cpu_attend_query,
+    cpu_layers,
     cpu_linear,
     cpu_merge,
     cpu_search,
     cpu_summary_scores,
+    cpu_top,
 )
 from longreach.kernels.ops import (
     PreparedDecode,
@@ -22,10 +24,13 @@ from longreach.kernels.ops import (
     linear_rows,
     merge_partials,
     plan_attend,
+    run_layers,
     select_blocks,
     summarise_pages,
     warm_up,
 )
+
+from .test_layers import N_LAYERS, POLICIES, Layers
 
 WORKERS = (
     cpu_append.append,
@@ -33,6 +38,8 @@ WORKERS = (
     cpu_linear._worker,
     cpu_merge._merge_worker,
     cpu_attend_query.worker,
+    cpu_layers.worker,
+    cpu_top._top,
     cpu_search._worker,
     cpu_summary_scores.worker,
 )
@@ -67,5 +74,8 @@ def test_requests_use_what_the_warm_up_compiled(paged, rope, threads):
                 merge_partials(o, lse)
             prepared = PreparedDecode(view, segments, policy, rope(64), 0.1, 6)
             prepared.attend(q.contiguous(), q_start, segments.base)
+        for n_rows in (1, 3):
+            layers = Layers(paged, rope, n_rows, POLICIES["streaming"], dtype)
+            run_layers(layers.rows(), layers.steps[1:], layers.calls(0, N_LAYERS))
     linear_rows(torch.randn(8, 576), torch.randn(1536, 576), torch.randn(1536))
     assert [len(worker.signatures) for worker in WORKERS] == before
