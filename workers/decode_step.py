@@ -70,15 +70,16 @@ class DecodeStep:
     def ready(self, layer: int) -> list[RowCall] | None:
         """Every row's attention in this layer, if there is nothing to decide before it."""
         started = time.monotonic()
-        calls: list[RowCall] | None = []
-        for row in self._rows:
-            call = self._ready(layer, row)
-            if call is None:
-                calls = None
-                break
-            calls.append(call)  # type: ignore[union-attr]
-        self.seconds += time.monotonic() - started
-        return calls
+        try:
+            calls = []
+            for row in self._rows:
+                call = self._ready(layer, row)
+                if call is None:
+                    return None
+                calls.append(call)
+            return calls
+        finally:
+            self.seconds += time.monotonic() - started
 
     def prepare(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
