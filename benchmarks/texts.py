@@ -71,7 +71,7 @@ def build_text(
             sentences.insert(2, waiting[0][1])
         paragraph = " ".join(sentences) + "\n\n"
         length = count(paragraph)
-        if filled + length > n_tokens:
+        if filled + length > n_tokens and not due:
             if waiting:
                 raise ValueError(f"no place left for {len(waiting)} facts in {n_tokens} tokens")
             return "".join(done).rstrip() + "\n"
