@@ -43,6 +43,7 @@ from .cpu_query_book import (
     N_WEIGHTS,
     PAGES,
     Q_START,
+    QUERY,
     RULES,
     RUNS,
     SIN,
@@ -155,10 +156,7 @@ class Call:
         """Addresses: the query [H, D]; partials [n, H, D] and log-sum-exps [n, H], with n before them;
         the merged result [H, D] and [H], if wanted; the token's key and value [Hkv, D], if they are to be
         stored first."""
-        n_partials, o, lse = partials
-        self.book[Q_START + 1 : WRONG + 1] = (
-            query, n_partials, o, lse, *result, *new, self.book[MOST], 0
-        )  # fmt: skip
+        self.book[QUERY : WRONG + 1] = (query, *partials, *result, *new, 0)
 
     def run(self) -> None:
         """In one launch; raises InternalError if a page is absent."""

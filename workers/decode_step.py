@@ -42,6 +42,10 @@ class DecodePlan:
     prepared: PreparedDecode | None = None
 
 
+Planned = tuple[DecodePlan, tuple[int, ...]]
+"""A plan and the base of positions at this token."""
+
+
 class DecodeStep:
     """Attention of one new token per row, at position row.n_done; rows never mix.
 
@@ -58,12 +62,12 @@ class DecodeStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [H, rows, D], k and v [Hkv, rows, D] -> [rows, H, D]."""
         started = time.monotonic()
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])
+        plans = []
         for i, row in enumerate(self._rows):
             at = slice(i, i + 1)
             self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
-            plan, base = self._planned(layer, row, q[:, at], scale)
-            out[i] = self._attended(layer, row, q[:, at].contiguous(), plan, base, scale)[:, 0]
+            plans.append(self._planned(layer, row, q[:, at], scale))
+        out = self._results(layer, q, plans, scale)
         self.seconds += time.monotonic() - started
         return out
 
@@ -95,27 +99,24 @@ class DecodeStep:
                 appended.append((row.n_done + 1) % self._attention.page_tokens == 0)
                 if appended[-1]:
                     self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
-                plan, base = self._planned(layer, row, q[:, at], scale)
-                self._prepared(layer, row, plan, scale)
-                plans.append((plan, base))
+                plans.append(self._planned(layer, row, q[:, at], scale))
+                self._prepared(layer, row, plans[-1][0], scale)
             calls: list[RowCall] = []
             for row, (plan, base) in zip(self._rows, plans, strict=True):
-                # a row may have pushed out what one before it needs
                 if plan.prepared is None or plan.prepared.call is None:
                     break
-                if not self._stays(layer, row, plan):
+                # a later row may have pushed out what this one needs
+                pages = self._attention.pages
+                if pages.still_at(layer, plan.leaves, plan.slots, plan.version) is None:
                     break
                 calls.append(RowCall(plan.prepared, row.n_done, base, not appended[len(calls)]))
             if len(calls) == len(plans):
                 return calls
-            out = torch.empty(q.shape[1], q.shape[0], q.shape[2])
-            for i, (row, (plan, base)) in enumerate(zip(self._rows, plans, strict=True)):
+            for i, row in enumerate(self._rows):
                 at = slice(i, i + 1)
                 if not appended[i]:
                     self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
-                one = q[:, at].contiguous()
-                out[i] = self._attended(layer, row, one, plan, base, scale)[:, 0]
-            return out
+            return self._results(layer, q, plans, scale)
         finally:
             self.seconds += time.monotonic() - started
 
@@ -150,6 +151,14 @@ class DecodeStep:
                 row.audit = None
             row.stats.seconds_other += time.monotonic() - started
 
+    def _results(self, layer: int, q: Tensor, plans: Sequence[Planned], scale: float) -> Tensor:
+        """[rows, H, D], row after row."""
+        out = torch.empty(q.shape[1], q.shape[0], q.shape[2])
+        for i, (row, (plan, base)) in enumerate(zip(self._rows, plans, strict=True)):
+            one = q[:, i : i + 1].contiguous()
+            out[i] = self._attended(layer, row, one, plan, base, scale)[:, 0]
+        return out
+
     # --- one row --------------------------------------------------------------------------------
 
     def _ready(self, layer: int, row: Row) -> RowCall | None:
@@ -164,9 +173,7 @@ class DecodeStep:
             return None
         return RowCall(plan.prepared, position, self._base(layer, row, plan), append=True)
 
-    def _planned(
-        self, layer: int, row: Row, q: Tensor, scale: float
-    ) -> tuple[DecodePlan, tuple[int, ...]]:
+    def _planned(self, layer: int, row: Row, q: Tensor, scale: float) -> Planned:
         """What the row's token attends to, and the base of positions now. Its own key need not be stored
         yet: selection is of what lies before the window, and summaries are of whole pages."""
         attention, position = self._attention, row.n_done

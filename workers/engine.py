@@ -299,7 +299,7 @@ class Engine:
         started = time.monotonic()
         for row in rows:
             self.flow.reserve(row, row.n_done + 1)
-            self.flow.reserve_early(row, row.n_done + self._attention.most_refreshed)
+            self.flow.reserve_early(row, row.n_done + self._attention.most_ahead)
         step = DecodeStep(self._attention, rows, self._config.worker.audit_interval)
         tokens = torch.tensor([row.next_token() for row in rows], dtype=torch.int64)
         forward_started = time.monotonic()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -54,16 +53,14 @@ class LayerAttention:
         self.n_ahead = [self._planned_tokens(p) if plans_ahead else 1 for p in policies]
         """Per layer, tokens that one plan of decode is made for, if their pages are there: kernels give
         the same bits whatever else the plan has, plain torch does not."""
+        self.most_ahead = max(
+            (n for n, p in zip(self.n_ahead, policies, strict=True) if p.stages), default=1
+        )
         self.flow = flow
         self.pages = flow.reader
         self.policies = policies
         self.rope = rope
         self._index = index
-
-    @cached_property
-    def most_refreshed(self) -> int:
-        """Tokens that a selection stays for at most, over all layers."""
-        return max((p.refreshes[-1] for p in self.policies if p.stages), default=1)
 
     def _planned_tokens(self, policy: LayerPolicy) -> int:
         return policy.refreshes[-1] if policy.stages else self.page_tokens

@@ -169,17 +169,25 @@ class PageReader:
         residency = self._residency[layer]
         return residency.slots_of(leaves), residency.version
 
-    def touch_again(
-        self, layer: int, row: Row, leaves: np.ndarray, slots: np.ndarray, version: int
+    def still_at(
+        self, layer: int, leaves: np.ndarray, slots: np.ndarray, version: int
     ) -> int | None:
-        """Use leaves again that were in these slots when the layer's residency had `version`; its version
-        now, or None if one of them has moved."""
+        """The version of a layer's residency now, if leaves are in the slots in which they were at `version`;
+        None if one of them has moved."""
         residency = self._residency[layer]
         if residency.version != version and not np.array_equal(residency.slots_of(leaves), slots):
             return None
-        residency.use(slots)
-        row.stats.bank_hits += len(slots)
         return residency.version
+
+    def touch_again(
+        self, layer: int, row: Row, leaves: np.ndarray, slots: np.ndarray, version: int
+    ) -> int | None:
+        """`still_at`, and if so use the leaves again."""
+        now = self.still_at(layer, leaves, slots, version)
+        if now is not None:
+            self._residency[layer].use(slots)
+            row.stats.bank_hits += len(slots)
+        return now
 
     def make_resident(self, layer: int, row: Row, leaves: np.ndarray) -> None:
         """Bring distinct leaves into the bank, each checked against its checksum after the copy.

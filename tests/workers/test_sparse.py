@@ -238,7 +238,7 @@ def test_layers_run_together_or_one_by_one(config: Any, tmp_path: Path, n_rows: 
     """In one launch where nothing is to be decided, in a launch each, or by the calls of `attend`."""
     prompts = prompts_of(1500, 900, 1700)[:n_rows]
     ran: list[int] = []
-    found = []
+    found, hits = [], []
     for way in ("together", "one by one", "attend"):
         with pytest.MonkeyPatch.context() as patch:
             if way == "one by one":
@@ -255,7 +255,9 @@ def test_layers_run_together_or_one_by_one(config: Any, tmp_path: Path, n_rows: 
                     o(self, first, n_layers, *rest)
 
                 patch.setattr(decode_step.DecodeStep, "ran", spy)
-            found.append(tokens(run(config(), prompts, tmp_path)))
+            done = run(config(), prompts, tmp_path)
+            found.append(tokens(done))
+            hits.append([payload["stats"]["bank_hits"] for payload in done])
         if way == "together":
             assert max(ran) > 1
             ran.clear()
@@ -265,6 +267,8 @@ def test_layers_run_together_or_one_by_one(config: Any, tmp_path: Path, n_rows: 
         else:
             assert not ran
     assert found[0] == found[1] == found[2]
+    if n_rows == 1:  # what is used once counts once
+        assert hits[0] == hits[1] == hits[2]
 
 
 def test_a_replay_gives_the_tokens_of_the_undisturbed_run(config: Any, tmp_path: Path) -> None:
