@@ -197,6 +197,8 @@ def plot(systems: Systems, path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
         panel.set_xticks(ticks, [f"{n / 1024:g}K" for n in ticks])
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
         panel.grid(which="both", alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=120)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ ANSWER_TOKENS = 16
 PART_TOKENS = 40_000
 """One seed of the generator fills no more."""
 FIRST_SEED = 500
+MARKERS = "osD^vPX"
 LAST_DEPTH = 0.97
 """A fact's paragraph must end inside the text."""
 
@@ -100,10 +102,11 @@ def measured(
     built = [prompts.build(text.text, f.question, f.prefix) for _, f in text.facts]
     n_tokens = max(prompt.n_tokens for prompt in built)
     started_s = time.monotonic()
-    # questions and answers take pages too
-    roomy, _ = room(config, n_tokens + len(built) * 512, "/tmp")
-    with open_session(roomy, model, prompts) as session:
-        answers = session.ask(built, ANSWER_TOKENS, say)
+    with tempfile.TemporaryDirectory() as scratch:
+        # questions and answers take pages too
+        roomy, _ = room(config, n_tokens + len(built) * 512, scratch)
+        with open_session(roomy, model, prompts) as session:
+            answers = session.ask(built, ANSWER_TOKENS, say)
     rows = [
         {"depth": round(depth, 3), "wanted": fact.answer, **found(fact, answer.text)}
         for (depth, fact), answer in zip(text.facts, answers, strict=True)
@@ -143,17 +146,21 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         return
     figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
     styles = list(dict.fromkeys((row["select"], row["attend"]) for row in rows))
-    for style in styles:
+    for i, style in enumerate(styles):
         mine = sorted(
             (row["length"], row["hits"]) for row in rows if (row["select"], row["attend"]) == style
         )
-        look = "--o" if style[1] == "none" else "-o"
-        panel.plot(*zip(*mine, strict=True), look, label=" / ".join(style))
+        look = "--" if style[1] == "none" else "-"
+        # a little apart, so that equal ones do not hide each other
+        lengths = [length * 1.012 ** (i - len(styles) // 2) for length, _ in mine]
+        hits = [n for _, n in mine]
+        panel.plot(lengths, hits, look + MARKERS[i % len(MARKERS)], label=" / ".join(style))
     ticks = sorted({row["length"] for row in rows})
     panel.set(xscale="log", xlabel="tokens", ylabel=f"facts found of {len(FACTS)}")
     panel.set_xticks(ticks, [f"{n / 1024:g}K" for n in ticks])
     panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    panel.set_ylim(bottom=0, top=len(FACTS))
+    panel.set_ylim(bottom=-0.5, top=len(FACTS))
+    panel.set_yticks(range(0, len(FACTS) + 1, 2))
     panel.legend(title="selecting / attending")
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
