@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError
 from .stage import QUERY_BLOCK, LayerPolicy, question_start
 
-KvDtype = Literal["float32", "float16", "bfloat16", "int8"]
+KvDtype = Literal["float32", "float16", "bfloat16", "int8", "float8", "int4"]
 
 
 class _Section(BaseModel):
@@ -66,7 +66,8 @@ class CacheConfig(_Section):
     page_tokens: int = Field(default=64, ge=8)
     """Tokens per page; a multiple of 64 where any layer prunes."""
     kv_dtype: KvDtype = "float32"
-    """Storage format of K and V; rounded once, when appended. `int8` has a scale per token and head."""
+    """Storage format of K and V; rounded once, when appended. `int8` and `int4` have a scale per token and
+    head, `float8` (e4m3) has none."""
     device_pages: int = Field(default=256, gt=0)
     """Pages (of all layers) that the device bank of attention holds; smaller means more passes."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .paged import MOST_OF, RAW, SCALE_BYTES, pack_int8
+from .paged import MOST_OF, RAW, pack
 
 try:
     from . import cpu_append
@@ -27,7 +27,7 @@ def append_tokens(
     Returns the first token with a number that is not finite once stored, or -1; the others are stored.
     """
     dtype = leaves.dtype
-    if cpu_append is not None and leaves.is_contiguous():
+    if cpu_append is not None and dtype in KINDS and leaves.is_contiguous():
         raw = leaves.view(RAW[dtype]).numpy()
         most = np.float32(MOST_OF[dtype])
         # contiguous, so that there is one compiled variant
@@ -43,13 +43,10 @@ def append_torch(
     at, where = torch.from_numpy(slots), torch.from_numpy(offsets).expand(slots.shape)
     finite = torch.ones(len(offsets), dtype=torch.bool)
     for side, values in enumerate((k, v)):
-        stored = pack_int8(values) if leaves.dtype == torch.int8 else values.to(leaves.dtype)
-        leaves[at, side, where] = stored
-        shown = stored if leaves.dtype != torch.int8 else _scales(stored)
-        finite &= torch.isfinite(shown).flatten(2).all(dim=2).all(dim=0)
+        stored = pack(values, leaves.dtype)
+        raw = RAW[leaves.dtype]
+        leaves.view(raw)[at, side, where] = stored.view(raw)
+        # of the values, since float8 would turn infinities into its largest number
+        finite &= (values.abs() <= MOST_OF[leaves.dtype]).all(dim=2).all(dim=0)
     wrong = (~finite).nonzero()
     return int(wrong[0]) if len(wrong) else -1
-
-
-def _scales(packed: Tensor) -> Tensor:
-    return packed[..., -SCALE_BYTES:].contiguous().view(torch.float32)

@@ -17,6 +17,8 @@ RAW = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
     torch.int8: torch.int8,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.uint8: torch.uint8,
 }
 """Integers of an element's size: numpy knows no bfloat16."""
 MOST_OF = {
@@ -24,21 +26,57 @@ MOST_OF = {
     torch.float16: 65519.996,
     torch.bfloat16: 3.3961775e38,
     torch.int8: torch.finfo(torch.float32).max,
+    torch.float8_e4m3fn: 463.99997,
+    torch.uint8: torch.finfo(torch.float32).max,
 }
 """By KV dtype, the largest float32 that rounds to a finite number of it."""
 
 
-def pack_int8(x: Tensor) -> Tensor:
-    """Rows [..., D] float32 -> int8 [..., D + 4]: whole numbers in [-127, 127], then the bytes of the
-    row's float32 scale. NaN and infinities give a scale that shows them."""
-    scale = x.abs().amax(dim=-1, keepdim=True) / 127.0
-    whole = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127)
-    return torch.cat((whole.nan_to_num(0.0).to(torch.int8), scale.view(torch.int8)), dim=-1)
+def stored_items(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements of the KV dtype in one stored key or value: int8 rows end with the bytes of a float32
+    scale, and uint8 ones, which are 4-bit numbers, have half as many bytes before it."""
+    if dtype == torch.uint8:
+        return head_dim // 2 + SCALE_BYTES
+    return head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
 
 
-def unpack_int8(packed: Tensor) -> Tensor:
-    """int8 [..., D + 4] of `pack_int8` -> float32 [..., D]."""
-    whole, scale = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
+def head_dim_of(n_items: int, dtype: torch.dtype) -> int:
+    """The inverse of `stored_items`."""
+    if dtype == torch.uint8:
+        return 2 * (n_items - SCALE_BYTES)
+    return n_items - (SCALE_BYTES if dtype == torch.int8 else 0)
+
+
+def pack(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [..., D] float32 as they are stored, [..., stored_items], rounded to nearest even.
+
+    NaN and infinities stay visible: in the number, or in the scale of formats that have one.
+    """
+    if dtype == torch.int8:
+        whole, scale = _whole(x, 127)
+        return torch.cat((whole.to(torch.int8), scale.view(torch.int8)), dim=-1)
+    if dtype == torch.uint8:
+        whole, scale = _whole(x, 7)
+        # halves share bytes as RoPE pairs them: both partners of a pair are in one byte
+        low, high = (whole + 8).to(torch.uint8).chunk(2, dim=-1)
+        return torch.cat((low | (high << 4), scale.view(torch.uint8)), dim=-1)
+    return x.to(dtype)
+
+
+def _whole(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers in [-most, most], as float32, and the row's scale."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / most
+    whole = (x / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-most, most)
+    return whole.nan_to_num(0.0), scale
+
+
+def unpack(stored: Tensor) -> Tensor:
+    """Rows of `pack` -> float32 [..., D]."""
+    if stored.dtype not in (torch.int8, torch.uint8):
+        return stored.float()
+    whole, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:]
+    if stored.dtype == torch.uint8:
+        whole = torch.cat((whole & 15, whole >> 4), dim=-1).float() - 8.0
     return whole.float() * scale.contiguous().view(torch.float32)
 
 
@@ -47,8 +85,8 @@ class PagedKV:
     """Where the pages of one layer lie. Reading never depends on which memory holds a page."""
 
     memories: tuple[Tensor, ...]
-    """Each [n_leaf_rows, 2 (K, V), page_tokens, D] in the KV dtype, contiguous; 0 = device bank. int8
-    rows have D + 4 bytes, see `pack_int8`."""
+    """Each [n_leaf_rows, 2 (K, V), page_tokens, stored items] in the KV dtype, contiguous; 0 = device
+    bank. See `pack`."""
     memory: Tensor
     """int64 [Hkv, n_pages]: index into memories."""
     row: Tensor
@@ -63,7 +101,7 @@ class PagedKV:
 
     @property
     def head_dim(self) -> int:
-        return self.memories[0].shape[-1] - (SCALE_BYTES if self.kv_dtype == torch.int8 else 0)
+        return head_dim_of(self.memories[0].shape[-1], self.kv_dtype)
 
     @property
     def row_bytes(self) -> int:
@@ -107,8 +145,7 @@ def gather_tokens(view: PagedKV, token_ids: Tensor, which: Which = "k") -> Tenso
     for i, leaves in enumerate(view.memories):
         here = valid & (memory == i)
         if bool(here.any()):
-            found = leaves[row[here], side, slot[here]]
-            out[here] = unpack_int8(found) if leaves.dtype == torch.int8 else found.float()
+            out[here] = unpack(leaves[row[here], side, slot[here]])
     return out
 
 

@@ -98,7 +98,7 @@ def table_dtype(kind: SummaryKind, kv_dtype: torch.dtype) -> torch.dtype:
     """Bounds of 16-bit keys are 16-bit numbers; means are rounded only where many are read."""
     if kind == "mean" or kv_dtype == torch.float32:
         return torch.float32
-    return torch.float16 if kv_dtype == torch.int8 else kv_dtype
+    return kv_dtype if kv_dtype == torch.bfloat16 else torch.float16
 
 
 def summarise(kind: SummaryKind, keys: Tensor, sizes: Tensor, spread: float = 1.0) -> Tensor:

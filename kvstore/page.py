@@ -13,8 +13,9 @@ from ..core.errors import InvalidInput
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-_SCALE_BYTES = {"int8": 4}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8": 1, "int4": 1}
+"""Bytes of a stored number, or of what holds two of them."""
+_SCALE_BYTES = {"int8": 4, "int4": 4}
 """What a stored key or value has besides its elements."""
 
 
@@ -23,7 +24,8 @@ class PageGeometry:
     """Sizes of a page: `page_tokens` tokens of every layer and KV head.
 
     A leaf is one layer and KV head of a page, [2 (K, V), page_tokens, row], keys unrotated. A row is
-    head_dim elements; int8 rows end with the bytes of a float32 scale.
+    head_dim elements (float8 is e4m3); int8 rows end with the bytes of a float32 scale, and so do int4
+    rows, which hold the first half of a head in low and the second in high bits of bytes.
     Leaf index inside a page = layer * n_kv_heads + kv_head.
     """
 
@@ -45,7 +47,8 @@ class PageGeometry:
     def row_nbytes(self) -> int:
         """Bytes of one stored key or value."""
         scale = _SCALE_BYTES.get(self.kv_dtype, 0)
-        return self.head_dim * _ITEM_BYTES[self.kv_dtype] + scale
+        n_items = self.head_dim // 2 if self.kv_dtype == "int4" else self.head_dim
+        return n_items * _ITEM_BYTES[self.kv_dtype] + scale
 
     @property
     def row_items(self) -> int:

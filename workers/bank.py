@@ -16,6 +16,8 @@ TORCH_DTYPE = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+    "int4": torch.uint8,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from longreach.kernels import attend, linear, score, select, summaries
 from longreach.kernels.cpu_pool import POOL
-from longreach.kernels.paged import PagedKV, pack_int8, unpack_int8
+from longreach.kernels.paged import RAW, PagedKV, pack, unpack
 from longreach.kernels.rope import Rope
 
 
@@ -91,7 +91,10 @@ def paged() -> Callable[..., tuple[PagedKV, torch.Tensor, torch.Tensor]]:
         n_heads, n_tokens, head_dim = k.shape
         n_pages = -(-n_tokens // page_tokens)
         n_leaves = n_heads * n_pages
-        stored = pack_int8 if dtype == torch.int8 else lambda x: x.to(dtype)
+
+        def stored(x: torch.Tensor) -> torch.Tensor:
+            return pack(x, dtype).view(RAW[dtype])
+
         empty = stored(torch.full((n_leaves + 3, 2, page_tokens, head_dim), torch.nan))
         memories = tuple(empty.clone() for _ in range(n_memories))
         memory = torch.randint(0, n_memories, (n_heads, n_pages), generator=random)
@@ -102,9 +105,8 @@ def paged() -> Callable[..., tuple[PagedKV, torch.Tensor, torch.Tensor]]:
                 leaf = memories[memory[h, page]][row[h, page]]
                 leaf[0, : tokens.stop - tokens.start] = stored(k[h, tokens])
                 leaf[1, : tokens.stop - tokens.start] = stored(v[h, tokens])
-        view = PagedKV(memories, memory, row, page_tokens, n_tokens)
-        if dtype == torch.int8:
-            return view, unpack_int8(pack_int8(k)), unpack_int8(pack_int8(v))
-        return view, k.to(dtype).float(), v.to(dtype).float()
+        typed = tuple(m.view(dtype) for m in memories)
+        view = PagedKV(typed, memory, row, page_tokens, n_tokens)
+        return view, unpack(pack(k, dtype)), unpack(pack(v, dtype))
 
     return make

@@ -8,14 +8,14 @@ import torch
 
 from longreach.kernels import append
 from longreach.kernels.append import RAW, append_tokens, append_torch
-from longreach.kernels.paged import pack_int8, unpack_int8
+from longreach.kernels.paged import pack, stored_items, unpack
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+FLOAT8, INT4 = torch.float8_e4m3fn, torch.uint8
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, FLOAT8, INT4]
 
 
 def empty(dtype: torch.dtype, head_dim: int) -> torch.Tensor:
-    width = head_dim + 4 if dtype == torch.int8 else head_dim
-    return torch.zeros(12, 2, 16, width, dtype=dtype)
+    return torch.zeros(12, 2, 16, stored_items(head_dim, dtype), dtype=dtype)
 
 
 def place(n_heads: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +28,8 @@ def place(n_heads: int, n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_both_paths_store_the_same_bits(dtype, head_dim):
     assert append.cpu_append is not None
-    k, v = (torch.randn(2, 4, 30, head_dim) * torch.logspace(-6, 4, 30)[:, None]).unbind(0)
+    most = 2 if dtype == FLOAT8 else 4  # powers of ten
+    k, v = (torch.randn(2, 4, 30, head_dim) * torch.logspace(-6, most, 30)[:, None]).unbind(0)
     k[0, 3], v[1, 4] = 0.0, -0.0
     slots, offsets = place(4, 30)
     one, two = empty(dtype, head_dim), empty(dtype, head_dim)
@@ -38,8 +39,8 @@ def test_both_paths_store_the_same_bits(dtype, head_dim):
     assert append_torch(two, slots, offsets, k, v) == -1
     assert torch.equal(one.view(RAW[dtype]), two.view(RAW[dtype]))
     row = one[slots[2, 7], 1, offsets[7]]
-    want = unpack_int8(pack_int8(v[2, 7])) if dtype == torch.int8 else v[2, 7].to(dtype).float()
-    got = unpack_int8(row) if dtype == torch.int8 else row.float()
+    want = unpack(pack(v[2, 7], dtype))
+    got = unpack(row)
     assert torch.equal(got, want)
 
 
@@ -64,18 +65,19 @@ def test_the_first_bad_token_is_named_and_others_are_stored(dtype, bad, side):
         leaves = empty(dtype, 16)
         assert store(leaves, slots, offsets, kv[0], kv[1]) == 11
         good = leaves[slots[0, 12], side, offsets[12]]
-        assert good.any()
+        assert good.view(RAW[dtype]).any()
 
 
 def test_numbers_beyond_float16_are_bad_there_alone():
     k = torch.full((1, 2, 16), 65504.0)
     k[0, 1, 5] = 70000.0
-    for dtype, wrong in zip(DTYPES, (-1, 1, -1, -1), strict=True):
+    for dtype, wrong in zip(DTYPES, (-1, 1, -1, -1, 0, -1), strict=True):
         for store in (append_tokens, append_torch):
             assert store(empty(dtype, 16), *place(1, 2), k, k) == wrong
 
 
-def test_int8_error_is_half_a_step():
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 127), (INT4, 7)])
+def test_the_error_of_whole_numbers_is_half_a_step(dtype, most):
     x = torch.randn(50, 64)
-    step = x.abs().amax(dim=1, keepdim=True) / 127
-    assert bool(((unpack_int8(pack_int8(x)) - x).abs() <= 0.5001 * step).all())
+    step = x.abs().amax(dim=1, keepdim=True) / most
+    assert bool(((unpack(pack(x, dtype)) - x).abs() <= 0.5001 * step).all())
