@@ -17,7 +17,8 @@ LongreachError
 ├── ResourceExhausted       RESOURCE_EXHAUSTED   full now, try later (retryable)
 │   ├── QueueFull           the gateway's queue is at its limit
 │   ├── StoreFull           no page slot can be freed
-│   └── BankTooSmall        device_pages cannot hold what one pass needs (not retryable)
+│   ├── BankTooSmall        device_pages cannot hold what one pass needs (not retryable)
+│   └── PinRefused          host memory cannot be registered with the device (not retryable)
 ├── Unavailable             UNAVAILABLE          a part is gone or draining (retryable)
 │   ├── WorkerLost          the decode worker died or stopped answering
 │   ├── StoreUnreachable    no replica of a store answered
@@ -142,6 +143,12 @@ class StoreFull(ResourceExhausted):
 
 class BankTooSmall(ResourceExhausted):
     """`device_pages` cannot hold what one attention pass needs."""
+
+    retryable = False
+
+
+class PinRefused(ResourceExhausted):
+    """Host memory cannot be taken or registered with the device; `details` say which bytes and why."""
 
     retryable = False
 
