@@ -1,75 +1,27 @@
-"""What a GPU and its host have to hold for a configuration, said before the start: bytes of every part, what
-does not fit and what to change (pure). Time is gpu_estimate.py's.
+"""What a GPU and its host have to hold for a configuration, said before the start: what does not fit and
+what to change (pure). Bytes are gpu_needs.py's, time is gpu_estimate.py's.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import get_args
 
 from ..core.config import KvDtype
 from ..core.errors import ConfigError
-from ..core.stage import QUERY_BLOCK, LayerPolicy
-from ..kvstore.page import PageGeometry
+from ..core.stage import QUERY_BLOCK
 from .gpu_estimate import (
-    ACTIVATION_BYTES,
     DecodeEstimate,
     GpuMachine,
-    GpuModel,
     PrefillEstimate,
     estimate_decode,
     estimate_prefill,
     prefill_order,
-    table_bytes,
 )
+from .gpu_needs import GpuLoad, Need, Place, needs_of, step_pages_of, sum_of
 
-RUNTIME_BYTES = 1 << 30
-"""CUDA's context, captured graphs and what allocators round up: assumed, not computed."""
-SPLITS = 64
-"""Parts that attention of one row and KV head is cut into at most (performance.md 4.1)."""
 FORMATS: tuple[KvDtype, ...] = get_args(KvDtype)
-Place = Literal["device", "host"]
-
-
-@dataclass(frozen=True)
-class Need:
-    """One part of the whole. key: the configuration value that its size hangs on most, or empty."""
-
-    what: str
-    place: Place
-    n_bytes: int
-    note: str = ""
-    key: str = ""
-
-
-@dataclass(frozen=True)
-class GpuLoad:
-    """What a machine is asked to do; names as in the configuration."""
-
-    model: GpuModel
-    policies: tuple[LayerPolicy, ...]
-    """One per layer, see `resolve_policies`."""
-    kv_dtype: KvDtype
-    page_tokens: int
-    context_tokens: int
-    """Longest context of a row, its answer included (model.max_context_tokens)."""
-    rows: int
-    """worker.max_rows; each with a context of its own, the worst case."""
-    device_pages: int
-    chunk_tokens: int
-    """worker.prefill_chunk_tokens"""
-
-    @property
-    def geometry(self) -> PageGeometry:
-        m = self.model
-        return PageGeometry(m.n_layers, m.n_kv_heads, self.page_tokens, m.head_dim, self.kv_dtype)
-
-    @property
-    def n_pages(self) -> int:
-        """Of all rows."""
-        return self.rows * -(-self.context_tokens // self.page_tokens)
 
 
 @dataclass(frozen=True)
@@ -99,7 +51,7 @@ class GpuBudget:
     """What does not fit, with numbers and what to change; empty if all does."""
 
     def bytes_of(self, place: Place) -> int:
-        return _sum(self.needs, place)
+        return sum_of(self.needs, place)
 
     @property
     def fits(self) -> bool:
@@ -159,7 +111,7 @@ def plan_gpu(
     needs = needs_of(load)
     formats = tuple(_format_fit(load, machine, name) for name in _by_bytes(load))
     bank = next(n.n_bytes for n in needs if n.what == "bank")
-    room = machine.device_bytes - _sum(needs, "device") + bank
+    room = machine.device_bytes - sum_of(needs, "device") + bank
     order = prefill_order(
         load.model,
         load.policies,
@@ -181,7 +133,7 @@ def plan_gpu(
             load.policies,
             load.geometry,
             machine,
-            context_tokens=load.context_tokens,
+            context_tokens=load.row_tokens,
             rows=load.rows,
             device_pages=load.device_pages,
             hit_ratio=hit_ratio,
@@ -194,107 +146,6 @@ def plan_gpu(
     )
 
 
-def needs_of(load: GpuLoad) -> tuple[Need, ...]:
-    """Bytes of every part."""
-    m, g, n_ids = load.model, load.geometry, load.n_pages
-    n_banks = m.n_layers * m.n_kv_heads
-    state = n_banks * load.device_pages * 3 * 4
-    # address and slot of every leaf; of every page its place in the host, of every row its pages
-    tables = n_banks * n_ids * (8 + 4) + n_ids * (8 + 4 * m.n_kv_heads + 4)
-    summaries: dict[str, int] = {}
-    for policy in load.policies:
-        for name, n_bytes in table_bytes(policy, g, n_ids).items():
-            summaries[name] = summaries.get(name, 0) + n_bytes
-    parts = [
-        Need("weights", "device", m.weight_bytes, key="model.name"),
-        Need("page tables", "device", tables, f"{n_ids} pages", "model.max_context_tokens"),
-        *(
-            Need(f"summaries: {name}", "device", n, "all layers", "attention.policies")
-            for name, n in summaries.items()
-        ),
-        Need("masks", "device", _mask_bytes(load), f"{load.rows} rows", "worker.max_rows"),
-        Need(
-            "bank",
-            "device",
-            load.device_pages * g.page_nbytes + state,
-            f"{load.device_pages} pages of {g.page_nbytes} bytes in {load.kv_dtype}",
-            "cache.device_pages",
-        ),
-        Need(
-            "activations",
-            "device",
-            _activation_bytes(load),
-            f"{load.chunk_tokens} tokens of a prefill chunk",
-            "worker.prefill_chunk_tokens",
-        ),
-        Need(
-            "scratch",
-            "device",
-            _scratch_bytes(load),
-            "scores of a chunk, parts of attention",
-            "worker.prefill_chunk_tokens",
-        ),
-        Need("runtime", "device", RUNTIME_BYTES, "assumed"),
-        Need(
-            "pages",
-            "host",
-            n_ids * g.page_nbytes,
-            f"{load.rows} contexts of {load.context_tokens} tokens, pinned",
-            "cache.kv_dtype",
-        ),
-    ]
-    return tuple(parts)
-
-
-def step_pages_of(load: GpuLoad) -> int:
-    """Pages that attention of one decode step reads in the layer that reads most, of all rows: each selected
-    block in a page of its own."""
-    most, n_pages = 0, -(-load.context_tokens // load.page_tokens)
-    for policy in load.policies:
-        if policy.dense:
-            return load.n_pages
-        n = policy.stages[-1].keep // policy.block_tokens
-        n += -(-policy.sink // load.page_tokens) + policy.window // load.page_tokens + 2
-        most = max(most, min(n, n_pages))
-    return load.rows * most
-
-
-def _mask_bytes(load: GpuLoad) -> int:
-    """As `DeviceMask.empty` makes them."""
-    total = 0
-    for policy in load.policies:
-        if policy.dense:
-            continue
-        n_lists = 1 if policy.head_reduce == "all" else load.model.n_kv_heads
-        stages = policy.stages
-        entering = [a.keep // b.chunk for a, b in itertools.pairwise(stages)]
-        items = sum(n + 1 for n in entering) + stages[-1].keep // stages[-1].chunk + 1
-        total += load.rows * n_lists * items * 4
-    return total
-
-
-def _activation_bytes(load: GpuLoad) -> int:
-    m = load.model
-    # the residual, its norm and the sum; q, k, v and what attention returns; gate, up and their product
-    per_token = 3 * m.hidden + (2 * m.n_heads + 2 * m.n_kv_heads) * m.head_dim + 3 * m.intermediate
-    return load.chunk_tokens * per_token * ACTIVATION_BYTES + load.rows * m.vocab * 4
-
-
-def _scratch_bytes(load: GpuLoad) -> int:
-    """float32 scores of the stage that scores most, for every head and query block or row; partial results
-    of attention. One layer at a time."""
-    m = load.model
-    n_blocks = max(load.rows, -(-load.chunk_tokens // QUERY_BLOCK))
-    most = 0
-    for policy in load.policies:
-        entering = load.context_tokens
-        for stage in policy.stages:
-            most = max(most, -(-min(entering, load.context_tokens) // stage.chunk))
-            entering = stage.keep
-    parts = load.rows * m.n_heads * SPLITS * (m.head_dim + 2)
-    return 4 * (n_blocks * m.n_heads * most + parts)
-
-
 def _problems(
     load: GpuLoad, machine: GpuMachine, needs: tuple[Need, ...], formats: Sequence[FormatFit]
 ) -> tuple[str, ...]:
@@ -304,11 +155,15 @@ def _problems(
         ("host", machine.host_bytes),
     )
     for place, room in rooms:
-        used = _sum(needs, place)
+        used = sum_of(needs, place)
         if used <= room:
             continue
         changes = _changes(load, machine, place)
         largest = max((n for n in needs if n.place == place and n.key), key=lambda n: n.n_bytes)
+        if largest.key == "attention.policies":
+            changes.append(
+                "larger chunks, or scorer: search in the last stage, have smaller tables"
+            )
         problems.append(
             f"the {place} needs {_gb(used)} and has {_gb(room)} (most of it: {largest.what}, "
             f"{_gb(largest.n_bytes)}, by {largest.key}); {'; '.join(changes)}"
@@ -328,7 +183,7 @@ def _changes(load: GpuLoad, machine: GpuMachine, place: Place) -> list[str]:
     room = machine.device_bytes if place == "device" else machine.host_bytes
 
     def fits(**changed: int) -> bool:
-        return _sum(needs_of(replace(load, **changed)), place) <= room  # type: ignore[arg-type]
+        return sum_of(needs_of(replace(load, **changed)), place) <= room  # type: ignore[arg-type]
 
     changes = []
     if place == "device":
@@ -367,13 +222,9 @@ def _by_bytes(load: GpuLoad) -> list[KvDtype]:
 
 def _format_fit(load: GpuLoad, machine: GpuMachine, name: KvDtype) -> FormatFit:
     needs = needs_of(replace(load, kv_dtype=name))
-    device, host = _sum(needs, "device"), _sum(needs, "host")
+    device, host = sum_of(needs, "device"), sum_of(needs, "host")
     fits = device <= machine.device_bytes and host <= machine.host_bytes
     return FormatFit(name, device, host, fits)
-
-
-def _sum(needs: Sequence[Need], place: Place) -> int:
-    return sum(need.n_bytes for need in needs if need.place == place)
 
 
 def _gb(n_bytes: int) -> str:

@@ -191,8 +191,9 @@ def prefill_order(
     the pages that a block of queries selects, those that no earlier block of its chunk selected (steps
     share 80 % and more, performance.md 2.3; 1 is the worst case).
 
-    Selected pages: each selected block counts as a page of its own, at most all before the chunk; a
-    search reads its keys across the link for every block of queries, or the layer's whole KV once.
+    Selected: the pages of a chunk's blocks once, each selected block in a page of its own, or the blocks
+    alone for every block of queries, whichever is less; a search reads its keys across the link for every
+    block of queries; at most all KV before the chunk.
     """
     leaf = geometry.leaf_nbytes * model.n_kv_heads
     n_pages = -(-context_tokens // geometry.page_tokens)
@@ -254,7 +255,8 @@ def _chunk_bytes(
         for i, stage in enumerate(policy.stages)
         if stage.scorer == "search"
     )
-    return min(before, n_pages * leaf + n_blocks * searched)
+    in_place = n_blocks * policy.stages[-1].keep * leaf / geometry.page_tokens
+    return min(before, min(n_pages * leaf, in_place) + n_blocks * searched)
 
 
 def _keeps(policy: LayerPolicy) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ triton = pytest.importorskip("triton")
 
 from longreach.kernels.gpu_bank import DeviceBank  # noqa: E402
 from longreach.kernels.triton_gather import PROGRAMS, copy_out, promote  # noqa: E402
-from longreach.kernels.triton_place import link  # noqa: E402
+from longreach.kernels.triton_place import link, place_pages  # noqa: E402
+from longreach.workers.memory import huge_zeros  # noqa: E402
 
 from .triton_compile import compile_for_gpu  # noqa: E402
 
@@ -120,6 +121,34 @@ def test_complete_pages_are_copied_out(leaf_bytes: int, monkeypatch: pytest.Monk
         torch.cuda.synchronize()
     assert torch.equal(host, want)
     assert torch.equal(bank.memory, before)
+
+
+def test_a_bank_of_more_than_4_gib_is_reached_to_its_end() -> None:
+    """Byte offsets beyond 2^32; of the memory only what is written exists."""
+    n_slots, leaf_bytes = 70_000, 32768
+    shape = (2, n_slots, leaf_bytes)
+    if DEVICE == "cpu":
+        memory = huge_zeros(shape, torch.uint8)
+    else:
+        memory = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
+    bank = DeviceBank.empty(memory, 2, 4, 2)
+    host = torch.randint(0, 256, (4, 2, leaf_bytes), dtype=torch.uint8)
+    host = host if DEVICE == "cpu" else host.pin_memory()
+    bank.host_address.copy_(host.data_ptr() + torch.arange(4) * 2 * leaf_bytes)
+    bank.promote_page[:, 0], bank.promote_slot[:, 0] = 3, n_slots - 1
+    bank.n_promote.fill_(1)
+    promote(bank)
+    assert torch.equal(memory[:, -1].cpu(), host[3])
+    assert int(bank.address[1, 3]) == memory.data_ptr() + (2 * n_slots - 1) * leaf_bytes
+    bank.pinned[:, :-2] = 1
+    bank.owner[:, :-2] = 0
+    place_pages(bank, on_device([1]))
+    assert int(bank.address[1, 1]) == memory.data_ptr() + (2 * n_slots - 2) * leaf_bytes
+    memory[:, -2] = host[2].to(DEVICE)
+    copy_out(bank, on_device([1]))
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    assert torch.equal(host[1], host[2])
 
 
 def test_the_kernels_compile_for_an_h100_with_wide_loads() -> None:

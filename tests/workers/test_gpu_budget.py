@@ -13,13 +13,7 @@ from longreach.kernels.gpu_bank import DeviceBank
 from longreach.kernels.gpu_pages import DeviceMask
 from longreach.kernels.paged import PagedKV
 from longreach.kernels.summaries import empty_table, tables_of
-from longreach.workers.gpu_budget import (
-    FORMATS,
-    GpuLoad,
-    needs_of,
-    plan_gpu,
-    step_pages_of,
-)
+from longreach.workers.gpu_budget import FORMATS, plan_gpu
 from longreach.workers.gpu_estimate import (
     GpuMachine,
     GpuModel,
@@ -28,6 +22,7 @@ from longreach.workers.gpu_estimate import (
     prefill_order,
     table_bytes,
 )
+from longreach.workers.gpu_needs import GpuLoad, needs_of, step_pages_of
 
 LLAMA_8B = GpuModel(
     n_layers=32,
@@ -136,7 +131,7 @@ def test_fine_summaries_of_3m_tokens_do_not_fit_and_the_error_says_what_to_chang
     with pytest.raises(ConfigError) as caught:
         budget.check()
     said = caught.value.message
-    for part in ("summaries: bounds of 8 tokens, 51.54 GB", "attention.policies", "80.00 GB"):
+    for part in ("summaries: bounds of 8 tokens, 51.54 GB", "scorer: search", "80.00 GB"):
         assert part in said
     for key in ("cache.device_pages", "model.max_context_tokens", "cache.kv_dtype"):
         assert key in said
@@ -172,6 +167,17 @@ def test_nothing_helps_a_device_without_room_for_weights() -> None:
     )
     assert "no single value" in budget.problems[0]
     assert "weights" in budget.problems[0]
+
+
+def test_the_configuration_gives_the_load_and_answers_count() -> None:
+    sets = ["worker.max_rows=3", "gateway.max_new_tokens=128", "cache.kv_dtype=int8"]
+    config = load_config([ROOT / "configs" / "infinitehip-3k.yaml"], sets)
+    load = GpuLoad.of(config, LLAMA_8B)
+    assert load.policies == preset("infinitehip-3k")
+    assert (load.kv_dtype, load.rows, load.n_pages) == ("int8", 3, 3 * (3_000_000 // 64 + 2))
+    none = load_config([], ["attention.policies=[{layers: '0-2'}]"])
+    with pytest.raises(ConfigError, match="have no policy"):
+        GpuLoad.of(none, LLAMA_8B)
 
 
 def test_formats_are_listed_from_exact_to_small() -> None:
@@ -269,6 +275,8 @@ def test_selected_pages_are_fewer_than_the_prefix_and_no_more_if_blocks_agree() 
     assert agreeing.selected_bytes < sparse.selected_bytes < worst.selected_bytes
     assert worst.selected_bytes <= dense.selected_bytes
     assert order((policy,) * 32, device_pages=49152).selected_bytes == 0
+    fine = LayerPolicy(stages=(Stage(scorer="bounds", chunk=8, keep=2048),), sink=256, window=1024)
+    assert order((fine,) * 32, new_share=1.0).selected_bytes == worst.selected_bytes
     searching = LayerPolicy(stages=(Stage(chunk=64, keep=2048),), sink=256, window=1024)
     assert order((searching,) * 32).selected_bytes > sparse.selected_bytes
 
