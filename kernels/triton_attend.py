@@ -226,7 +226,7 @@ def attend_decode(
     n_splits, tiles = splits_of(policy)
     block_half = max(16, triton.next_power_of_2(half))
     block_splits = triton.next_power_of_2(n_splits)
-    # of a tile a thread holds 1/32 of 4 halves of keys, values and angles each: no more than 256 registers
+    # keys, values, cos and sin of a tile are 6 x 64 x BLOCK_HALF numbers: 192 registers a thread for 64
     warps = 8 if block_half > 64 else 4
     most_heads = max(1, warps // 4 * MERGE_FLOATS // (block_splits * block_half))
     merge_heads = min(most_heads, triton.next_power_of_2(group))

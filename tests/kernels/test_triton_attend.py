@@ -121,8 +121,7 @@ def test_dense_rows_equal_the_specification(
     assert torch.equal(alone[0], out[0])
 
 
-@pytest.mark.parametrize("attend_rope", ["streaming", "none"])
-@pytest.mark.parametrize("most_splits", [2, 32])
+@pytest.mark.parametrize(("attend_rope", "most_splits"), [("streaming", 2), ("none", 32)])
 def test_early_contexts_equal_dense(monkeypatch, paged, rope, attend_rope, most_splits):
     """Shorter than sink + window + budget: everything is attended, in any style."""
     monkeypatch.setattr(triton_attend, "MOST_SPLITS", most_splits)
