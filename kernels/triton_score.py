@@ -128,7 +128,7 @@ def summary_scores(
             HAS_ROWS=page_row is not None, HAS_COUNT=lists.n_queries is not None,
             BLOCK_N=tile, BLOCK_M=block_m, BLOCK_HALF=block_half,
             RUN=min(RUN, triton.next_power_of_2(stage.chunk)), SPLITS=splits,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), PRECISION=precision, num_warps=4,
+            BLOCK_SPLITS=triton.next_power_of_2(splits), PRECISION=precision, num_warps=8,
             **lists.constants,
         )  # fmt: skip
     return scores, ends if keep_rows else None

@@ -226,14 +226,10 @@ LIST = {
 @pytest.mark.parametrize(
     ("kernel", "mode", "style", "pooled", "bounds"),
     [
-        ("_products_kernel", 0, 0, 1, True),
         ("_products_kernel", 2, 0, 1, True),
-        ("_products_kernel", 3, 0, 32, True),
         ("_products_kernel", 1, 0, 32, True),
         ("_products_kernel", 0, 2, 1, False),
-        ("_turned_bounds_kernel", 2, 2, 1, True),
         ("_turned_bounds_kernel", 3, 2, 16, True),
-        ("_turned_bounds_kernel", 1, 3, 16, True),
     ],
 )
 def test_compiles_for_a_gpu(kernel, mode, style, pooled, bounds):
@@ -246,7 +242,7 @@ def test_compiles_for_a_gpu(kernel, mode, style, pooled, bounds):
         "BLOCK_M": 4 * pooled if turned else (16 if pooled == 1 else 64), "BLOCK_HALF": 64, "RUN": 16,
         "SPLITS": 64, "BLOCK_SPLITS": 64, "PRECISION": "tf32", **LIST,
     }  # fmt: skip
-    made = compile_for_gpu("longreach.kernels.triton_score", kernel, SCORE, constexprs)
+    made = compile_for_gpu("longreach.kernels.triton_score", kernel, SCORE, constexprs, num_warps=8)
     assert made["shared"] <= 200 * 1024
     assert made["n_spills"] <= 64
     assert any("ld.global.v4" in line for line in made["ptx_lines"])

