@@ -22,6 +22,7 @@ from longreach.kvstore.page_client import PageClient
 from longreach.kvstore.store_service import StoreService
 from longreach.kvstore.transport import serve
 from longreach.workers.engine import Engine
+from longreach.workers.executors import make_executor
 from longreach.workers.memory import keep_for_good
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_dir, model_geometry, policies_of, recipe_for
@@ -71,7 +72,8 @@ class Session:
         geometry = model_geometry(config)
         policies = policies_of(config, geometry.n_layers)
         recipe = recipe_for(config).fingerprint()
-        self._engine = Engine(config, model, geometry, policies, recipe, client, prompts.tokenizer)
+        executor = make_executor(config, model, geometry, policies, recipe, client, {})
+        self._engine = Engine(config, model, executor, recipe, prompts.tokenizer)
 
     def ask(
         self, prompts: Sequence[Prompt], max_tokens: int, say: Say, *, ignore_eos: bool = False

@@ -30,8 +30,9 @@ class ModelConfig(_Section):
     """Revision of a Hugging Face id."""
     max_context_tokens: int = Field(default=3_000_000, gt=0)
     """Longest context accepted, in tokens; longer ones are refused with CONTEXT_TOO_LONG."""
-    device: Literal["cpu"] = "cpu"
-    """Device of the decode worker."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device of the decode worker. On `cuda` weights are bfloat16, or float16 where the device has no
+    bfloat16; on `cpu` float32."""
     n_threads: int = Field(default=0, ge=0)
     """CPU threads of a decode worker, shared by torch and our kernels; 0 takes all cores."""
     served_names: tuple[str, ...] = ()

@@ -14,23 +14,6 @@ NO_SCORE: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def element_type(kind: tl.constexpr):
-    """Type of a stored element: numbers of `gpu_pages.KIND`."""
-    if kind == 0:
-        return tl.float32
-    elif kind == 1:
-        return tl.float16
-    elif kind == 2:
-        return tl.bfloat16
-    elif kind == 3:
-        return tl.int8
-    elif kind == 4:
-        return tl.float8e4nv
-    else:
-        return tl.uint8
-
-
-@triton.jit
 def load_halves(row, live, column, half: tl.constexpr, kind: tl.constexpr):
     """Stored keys or values as the two halves of a head that RoPE pairs.
 

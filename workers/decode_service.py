@@ -20,8 +20,8 @@ from ..kvstore.page_client import PageClient
 from ..kvstore.transport import Reply
 from .engine import Engine
 from .engine_loop import EngineLoop
+from .executors import load_model, make_executor
 from .memory import keep_for_good
-from .model import ModelAdapter
 from .model_source import model_dir, model_geometry, policies_of, recipe_for
 from .row import RowRequest
 from .sampling import Sampling
@@ -57,7 +57,7 @@ class DecodeService:
         _log.warning("compiling kernels, if this is their first run here (up to a minute)")
         _log.warning("kernels are ready after %.1f s", warm_up())
         directory = model_dir(config.model)
-        model = ModelAdapter(directory)
+        model = load_model(config.model, directory)
         geometry = model_geometry(config)
         recipe = recipe_for(config).fingerprint()
         self._client = PageClient(
@@ -71,16 +71,11 @@ class DecodeService:
             owner=f"{worker_id}/{uuid.uuid4().hex[:8]}",
         )
         self._client.release_former(f"{worker_id}/")
-        self._engine = Engine(
-            config,
-            model,
-            geometry,
-            policies_of(config, geometry.n_layers),
-            recipe,
-            self._client,
-            _load_tokenizer(directory),
-            retrievers,
+        policies = policies_of(config, geometry.n_layers)
+        executor = make_executor(
+            config, model, geometry, policies, recipe, self._client, retrievers
         )
+        self._engine = Engine(config, model, executor, recipe, _load_tokenizer(directory))
         self._loop = EngineLoop(self._engine, on_fatal or (lambda exc: None))
         self._recipe = recipe
         self._geometry = geometry
@@ -175,7 +170,7 @@ class DecodeService:
         """Where stores and retrievers are now: one died, came back or joined."""
         self._client.update_stores({str(k): str(v) for k, v in header["addresses"].items()})
         retrievers = {str(k): str(v) for k, v in header.get("retrievers", {}).items()}
-        act = functools.partial(self._engine.index.update_retrievers, retrievers)
+        act = functools.partial(self._engine.update_retrievers, retrievers)
         self._loop.run(act, self._config.store.timeout_s)
         return Reply({})
 
@@ -184,8 +179,8 @@ class DecodeService:
             "rows": self._loop.n_rows,
             "uptime_s": time.monotonic() - self._started_s,
             "pages_known": len(self._engine.flow.pages),
-            "bank_slots": self._engine.flow.bank.n_slots * self._geometry.n_layers,
-            "bank_slots_used": sum(r.n_resident for r in self._engine.flow.residency),
+            "bank_slots": self._engine.flow.memory.n_slots,
+            "bank_slots_used": self._engine.flow.memory.n_used,
         }
         stats.update({f"store_{k}": v for k, v in self._client.stats().items()})
         return Reply(stats)

@@ -21,7 +21,7 @@ from ..kernels.ops import (
     tail_until,
 )
 from .layer_attention import LayerAttention, Tail
-from .page_flow import not_finite
+from .page_errors import not_finite
 from .row import Row
 from .scheduler import refresh_level
 
@@ -65,7 +65,7 @@ class DecodeStep:
         plans = []
         for i, row in enumerate(self._rows):
             at = slice(i, i + 1)
-            self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
+            self._attention.memory.append(layer, row, row.n_done, k[:, at], v[:, at])
             plans.append(self._planned(layer, row, q[:, at], scale))
         out = self._results(layer, q, plans, scale)
         self.seconds += time.monotonic() - started
@@ -98,7 +98,7 @@ class DecodeStep:
                 # the run stores the key, unless it ends a page, of which a summary may be wanted
                 appended.append((row.n_done + 1) % self._attention.page_tokens == 0)
                 if appended[-1]:
-                    self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
+                    self._attention.memory.append(layer, row, row.n_done, k[:, at], v[:, at])
                 plans.append(self._planned(layer, row, q[:, at], scale))
                 self._prepared(layer, row, plans[-1][0], scale)
             calls: list[RowCall] = []
@@ -115,7 +115,7 @@ class DecodeStep:
             for i, row in enumerate(self._rows):
                 at = slice(i, i + 1)
                 if not appended[i]:
-                    self._attention.flow.append(layer, row, row.n_done, k[:, at], v[:, at])
+                    self._attention.memory.append(layer, row, row.n_done, k[:, at], v[:, at])
             return self._results(layer, q, plans, scale)
         finally:
             self.seconds += time.monotonic() - started
@@ -133,7 +133,7 @@ class DecodeStep:
                 self._rows[i],
                 first_layer + layer,
                 self._rows[i].n_done,
-                self._attention.flow.geometry,
+                self._attention.geometry,
             )
 
     def finish(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ import torch
 from ..core.config import Config
 from ..core.errors import (
     Cancelled,
-    ConfigError,
     ContextTooLong,
     DataLoss,
     EmptyContext,
@@ -24,29 +22,13 @@ from ..core.errors import (
     as_longreach_error,
 )
 from ..core.page_key import RecipeFingerprint, prompt_keys
-from ..core.stage import LayerPolicy
-from ..kvstore.page import PageGeometry
-from ..kvstore.page_client import PageClient
-from .decode_step import DecodeStep
 from .detokenizer import Detokenizer
-from .layer_attention import LayerAttention
+from .executor import Executor
 from .model import ModelAdapter
-from .page_flow import PageFlow
-from .page_reader import PageLost
-from .prefill_step import PrefillStep
+from .page_errors import PageLost
 from .row import Row, RowRequest, RowState
 from .sampling import sample
-from .scheduler import (
-    chunk_end,
-    min_device_pages,
-    plan_step,
-    prefill_start,
-    query_blocks,
-    rows_that_fit,
-)
-from .summary_index import SummaryIndex
-
-_log = logging.getLogger(__name__)
+from .scheduler import chunk_end, plan_step, prefill_start, rows_that_fit
 
 LEASE_CHECK_S = 1.0
 MAX_RESTARTS = 3
@@ -70,25 +52,16 @@ class Engine:
         self,
         config: Config,
         model: ModelAdapter,
-        geometry: PageGeometry,
-        policies: tuple[LayerPolicy, ...],
+        executor: Executor,
         recipe: RecipeFingerprint,
-        client: PageClient | None,
         tokenizer: Any | None = None,
-        retrievers: dict[str, str] | None = None,
     ) -> None:
         self._config = config
         self._model = model
-        self._policies = policies
         self._recipe = recipe
         self._tokenizer = tokenizer
-        self.flow = PageFlow(
-            geometry, config.cache.device_pages, recipe, client, config.store.timeout_s * 3
-        )
-        self.index = SummaryIndex(
-            config.retriever, policies, geometry.page_tokens, retrievers or {}
-        )
-        self._attention = LayerAttention(self.flow, policies, model.rope, self.index, model.n_heads)
+        self._executor = executor
+        self.flow = executor.flow
         self._rows: dict[str, Row] = {}
         self._order = 0
         self._next_lease_check_s = 0.0
@@ -96,15 +69,9 @@ class Engine:
         self._max_rows = rows_that_fit(
             config.cache.device_pages,
             self._chunk_tokens(),
-            geometry.page_tokens,
+            config.cache.page_tokens,
             config.worker.max_rows,
         )
-        needed = min_device_pages(policies, geometry.page_tokens)
-        if config.cache.device_pages < needed:
-            raise ConfigError(
-                f"cache.device_pages ({config.cache.device_pages}) is less than the {needed} pages "
-                "that sink, window and one group of selected blocks need"
-            )
 
     # --- the outside ----------------------------------------------------------------------------
 
@@ -156,6 +123,10 @@ class Engine:
         row.stats.tokens_prompt = n_prompt
         row.replay = list(request.forced)
         self._rows[request.row_id] = row
+
+    def update_retrievers(self, addresses: dict[str, str]) -> None:
+        """Where retrievers are now: one died, came back or joined."""
+        self._executor.update_retrievers(addresses)
 
     def cancel(self, row_id: str) -> None:
         """The row ends with CANCELLED before the next chunk or token; unknown rows are ignored."""
@@ -237,7 +208,7 @@ class Engine:
         row.stats.pages_recomputed += len(row.page_ids)
         row.replay, row.tokens = [*row.tokens, *row.replay[len(row.tokens) :]], []
         self._close(row)
-        row.selections, row.plans, row.audit = [], [], None
+        self._executor.reset(row)
         row.n_done = 0
         row.state = RowState.QUEUED
 
@@ -251,9 +222,6 @@ class Engine:
             row.state = RowState.WAITING
             return
         page_tokens = self._config.cache.page_tokens
-        n_pages = -(-(row.n_prompt + row.request.sampling.max_tokens) // page_tokens)
-        # new pages take the lowest numbers that are free
-        self.index.reserve(len(self.flow.pages) + n_pages - row.n_existing_pages)
         reused = row.n_existing_pages * page_tokens
         if row.stats.restarts:
             row.stats.pages_recomputed -= row.n_existing_pages
@@ -265,8 +233,7 @@ class Engine:
         row.n_done = prefill_start(row.n_prompt, reused)
         row.stats.tokens_reused = row.n_done
         row.stats.pages_context = len(row.keys)
-        row.selections = [None] * len(self._policies)
-        row.plans = [None] * len(self._policies)
+        self._executor.opened(row)
         row.state = RowState.PREFILL
         self._emit(row, "progress", row.progress())
 
@@ -275,42 +242,29 @@ class Engine:
         start = row.n_done
         end = chunk_end(start, row.n_prompt, self._chunk_tokens())
         self.flow.reserve(row, end)
-        question_block = self._config.attention.question_block
-        blocks = query_blocks(start, end, row.question_start, question_block)
-        step = PrefillStep(self._attention, row, start, blocks, question_block)
-        tokens = torch.from_numpy(row.request.prompt[start:end].astype("int64"))
-        forward_started = time.monotonic()
-        hidden = self._model.hidden(tokens, step, decode=False)
-        row.stats.seconds_linear += time.monotonic() - forward_started - step.seconds
+        logits = self._executor.prefill(row, end)
         row.n_done = end
         self.flow.complete(row, start, end)
         row.stats.tokens_prefilled += end - start
         row.stats.prefill_s += time.monotonic() - started
-        if end < row.n_prompt:
+        if logits is None:
             self._emit(row, "progress", row.progress())
             return
         row.state = RowState.DECODE
         self._emit(row, "progress", row.progress())
         row.text = Detokenizer(self._tokenizer, row.request.sampling.stop)
         row.stats.tokens_replayed = len(row.replay)
-        self._take(row, self._model.logits(hidden[-1:])[0])
+        self._take(row, logits)
 
     def _decode(self, rows: Sequence[Row]) -> None:
         started = time.monotonic()
         for row in rows:
             self.flow.reserve(row, row.n_done + 1)
-            self.flow.reserve_early(row, row.n_done + self._attention.most_ahead)
-        step = DecodeStep(self._attention, rows, self._config.worker.audit_interval)
-        tokens = torch.tensor([row.next_token() for row in rows], dtype=torch.int64)
-        forward_started = time.monotonic()
-        hidden = self._model.hidden(tokens, step, decode=True)
-        step.finish()
-        logits = self._model.logits(hidden)
-        linear_s = (time.monotonic() - forward_started - step.seconds) / len(rows)
+            self.flow.reserve_early(row, row.n_done + self._executor.n_ahead)
+        logits = self._executor.decode(rows)
         for row in rows:
             row.n_done += 1
             self.flow.complete(row, row.n_done - 1, row.n_done)
-            row.stats.seconds_linear += linear_s
         share_s = (time.monotonic() - started) / len(rows)
         for i, row in enumerate(rows):
             row.stats.decode_s += share_s
@@ -342,7 +296,7 @@ class Engine:
             self._finish(row, "length")
 
     def _finish(self, row: Row, reason: str) -> None:
-        row.stats.pages_device = self.flow.reader.pages_on_device(row)
+        row.stats.pages_device = self.flow.memory.pages_of_row(row)
         payload = {
             "finish_reason": reason,
             "text": row.text.text if row.text else "",
@@ -364,11 +318,7 @@ class Engine:
 
     def _close(self, row: Row) -> None:
         self.flow.close(row)
-        try:
-            self.index.close(row)
-        except LongreachError as exc:
-            # a retriever that is gone has forgotten the context anyway
-            _log.warning("closing a context at the retriever failed: %s", exc)
+        self._executor.closed(row)
 
     def _emit(self, row: Row, kind: Any, payload: dict[str, Any]) -> None:
         self._events.append(RowEvent(row.row_id, kind, {"event": kind, **payload}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ..kernels.ops import (
     tail_view,
     touched_pages,
 )
-from .page_flow import PageFlow
+from .cpu_memory import CpuMemory
 from .row import Row
 from .summary_index import SummaryIndex
 
@@ -41,23 +41,26 @@ class LayerAttention:
 
     def __init__(
         self,
-        flow: PageFlow,
+        memory: CpuMemory,
+        versions_of: Callable[[Row], np.ndarray],
         policies: Sequence[LayerPolicy],
         rope: Rope,
         index: SummaryIndex,
         n_heads: int,
     ) -> None:
         self._n_heads = n_heads
-        self.page_tokens = flow.geometry.page_tokens
-        plans_ahead = has_block_kernel() and flow.geometry.head_dim % 16 == 0
+        self.geometry = memory.geometry
+        self.page_tokens = memory.geometry.page_tokens
+        plans_ahead = has_block_kernel() and memory.geometry.head_dim % 16 == 0
         self.n_ahead = [self._planned_tokens(p) if plans_ahead else 1 for p in policies]
         """Per layer, tokens that one plan of decode is made for, if their pages are there: kernels give
         the same bits whatever else the plan has, plain torch does not."""
         self.most_ahead = max(
             (n for n, p in zip(self.n_ahead, policies, strict=True) if p.stages), default=1
         )
-        self.flow = flow
-        self.pages = flow.reader
+        self.memory = memory
+        self.pages = memory.reader
+        self._versions_of = versions_of
         self.policies = policies
         self.rope = rope
         self._index = index
@@ -115,7 +118,7 @@ class LayerAttention:
         return selection
 
     def _summaries(self, layer: int, row: Row, view: PagedKV) -> Summaries | None:
-        ready, made = self._index.summaries(layer, row, view, self.flow.versions_of)
+        ready, made = self._index.summaries(layer, row, view, self._versions_of)
         self.pages.note_in_place(layer, row, np.arange(made.start, made.stop))
         return ready
 
@@ -285,7 +288,7 @@ class LayerAttention:
 
     def leaves_of(self, row: Row, segments: Segments) -> np.ndarray:
         """Distinct leaf numbers that segments touch, ascending."""
-        n_kv_heads = self.flow.geometry.n_kv_heads
+        n_kv_heads = self.geometry.n_kv_heads
         page_ids = row.page_ids.array
         head, page = np.nonzero(touched_pages(segments, n_kv_heads, len(page_ids)))
         return np.sort(page_ids[page] * n_kv_heads + head)

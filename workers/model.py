@@ -7,7 +7,7 @@ scaling are read first. Attention is registered through AttentionInterface (DESI
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ from .decoder_blocks import find_blocks
 from .model_source import head_dim_of, load_model_config
 from .row_layers import RowLinear, RowNorm, replace_linears, replace_norms
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["AttentionStep", "ModelAdapter", "RowLinear", "RowNorm", "replace_norms"]
 
-_ATTENTION_NAME = "longreach"
+ATTENTION = "longreach"
+"""Name of our attention in transformers."""
 
 
 class AttentionStep(Protocol):
@@ -58,34 +62,40 @@ class _IdentityRotary(nn.Module):
 
 
 class ModelAdapter:
-    """A loaded model: `hidden` runs the decoder with our attention, `logits` its head."""
+    """A loaded model: `hidden` runs the decoder with our attention, `logits` its head.
 
-    def __init__(self, directory: Path) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM
+    own_kernels: products and norms are the CPU's own, with the same bits for any number of rows.
+    """
 
-        self.config = load_model_config(directory)
-        AttentionInterface.register(_ATTENTION_NAME, _attention)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.float32, attn_implementation=_ATTENTION_NAME
-            )
-        except (OSError, ValueError, RuntimeError) as exc:
-            raise UnsupportedModel(f"{directory}: weights cannot be loaded: {exc}") from exc
+    def __init__(
+        self,
+        source: Path | PreTrainedModel,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        own_kernels: bool = True,
+    ) -> None:
+        """source: a directory, or a model of transformers that was made with `ATTENTION`."""
+        model = _load(source, dtype) if isinstance(source, Path) else source
+        self.config = model.config
         model.eval().requires_grad_(False)
         rotary = model.model.rotary_emb
-        self.rope = Rope(rotary.inv_freq.float().clone(), float(rotary.attention_scaling))
+        self.rope = Rope(rotary.inv_freq.float().cpu().clone(), float(rotary.attention_scaling))
         model.model.rotary_emb = _IdentityRotary()
         self._mode = {"decode": False}
-        replace_linears(model, self._mode)
-        replace_norms(model)
-        self._model = model
+        if own_kernels:
+            replace_linears(model, self._mode)
+            replace_norms(model)
+        self._model = model.to(device)
         self.n_layers = int(self.config.num_hidden_layers)
         self.n_heads = int(self.config.num_attention_heads)
         self.n_kv_heads = int(self.config.num_key_value_heads)
         self.head_dim = head_dim_of(self.config)
         self.vocab_size = int(self.config.vocab_size)
         self.eos_token_ids = _eos_ids(model)
-        self._blocks = find_blocks(model, lambda ids, step: self._by_modules(ids, step, True))
+        self._blocks = None
+        if own_kernels:
+            self._blocks = find_blocks(model, lambda ids, step: self._by_modules(ids, step, True))
 
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, step: AttentionStep, *, decode: bool) -> Tensor:
@@ -99,7 +109,8 @@ class ModelAdapter:
         self._mode["decode"] = decode
         out = self._model.model(
             input_ids=token_ids.unsqueeze(0),
-            position_ids=torch.zeros(1, len(token_ids), dtype=torch.int64),
+            # all zero, since the rotary module ignores them
+            position_ids=torch.zeros_like(token_ids).unsqueeze(0),
             use_cache=False,
             longreach=step,
         )
@@ -110,6 +121,27 @@ class ModelAdapter:
         """hidden [n, hidden] -> [n, vocab]; always our own kernel, so a row's bits never change."""
         self._mode["decode"] = True
         return self._model.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    load_model_config(directory)  # refuses what we do not support
+    register_attention()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=ATTENTION
+        )
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise UnsupportedModel(f"{directory}: weights cannot be loaded: {exc}") from exc
+    return model
+
+
+def register_attention() -> None:
+    """Make `attn_implementation=ATTENTION` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -1,8 +1,7 @@
-"""Where a row's pages are and how they get there: reuse, places in the bank, write-behind. Reading is
-`page_reader.py`'s.
+"""Where a row's pages are and how they get there: reuse, room for new ones, write-behind.
 
-One object per engine, used by its thread alone. Decisions are residency.py's; this is the shell that
-copies bytes and talks to the store.
+One object per engine, used by its thread alone. Where bytes lie on the device is its memory's
+(`page_memory.py`); this is the shell that talks to the store.
 """
 
 from __future__ import annotations
@@ -10,22 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ..core.errors import BankTooSmall, DeadlineExceeded, NumericalError
+from ..core.errors import BankTooSmall, DeadlineExceeded
 from ..core.page_key import ROOT_KEY, PageKey, RecipeFingerprint, page_keys, private_recipe
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
-from .bank import Bank
-from .local_pages import LocalPages
 from .page_list import PageList
-from .page_reader import PageReader
-from .residency import Residency
+from .page_memory import PageMemory
 from .row import Row
 
 _log = logging.getLogger(__name__)
@@ -49,26 +45,21 @@ class PageFlow:
     def __init__(
         self,
         geometry: PageGeometry,
-        device_pages: int,
+        memory: PageMemory,
         recipe: RecipeFingerprint,
         client: PageClient | None,
         store_timeout_s: float,
     ) -> None:
         self.geometry = geometry
-        self.bank = Bank(geometry, device_pages)
-        self.pages = LocalPages()
-        self.residency = [Residency(self.bank.n_slots) for _ in range(geometry.n_layers)]
+        self.memory = memory
+        self.pages = memory.pages
         self._recipe = recipe
         self._client = client
         self._store_timeout_s = store_timeout_s
-        self._heads = np.arange(geometry.n_kv_heads, dtype=np.int64)
         self._writes: list[_Write] = []
         self._claims: dict[PageKey, Row] = {}
         self._generation = np.zeros(0, dtype=np.int64)
         self._drop_when_written: set[PageKey] = set()
-        self.reader = PageReader(
-            geometry, self.bank, self.pages, self.residency, client, self._with_room
-        )
 
     # --- opening and closing rows ---------------------------------------------------------------
 
@@ -98,6 +89,7 @@ class PageFlow:
                 self._bump(page_id)
                 self.pages.set_home(page_id, handle)
                 row.page_ids.append(page_id)
+                self.memory.adopt(page_id)
             row.stats.seconds_store += time.monotonic() - started
         row.n_existing_pages = len(row.page_ids)
         self._claims.update((key, row) for key in keys[row.n_existing_pages :])
@@ -125,7 +117,7 @@ class PageFlow:
 
     def close(self, row: Row) -> None:
         """The row lets go of its pages; private ones are dropped from the store."""
-        self.reader.close(row)
+        self.memory.close(row)
         for key in row.keys[row.n_existing_pages :]:
             if self._claims.get(key) is row:
                 del self._claims[key]
@@ -138,9 +130,7 @@ class PageFlow:
             if ended is not None:
                 released.append(ended)
         # at once: other rows wait for the end of one that has thousands of pages
-        leaves = self._leaves(np.array(forgotten, dtype=np.int64))
-        for residency in self.residency:
-            residency.forget(leaves)
+        self.memory.forget(np.array(forgotten, dtype=np.int64))
         if self._client is not None:
             for group in released:
                 self._client.release(group)
@@ -172,25 +162,17 @@ class PageFlow:
 
     # --- writing --------------------------------------------------------------------------------
 
-    def _leaves(self, page_ids: np.ndarray) -> np.ndarray:
-        """Leaf numbers of pages, all KV heads: [n * Hkv]."""
-        return (page_ids[:, None] * self.geometry.n_kv_heads + self._heads).reshape(-1)
-
     def reserve(self, row: Row, end: int) -> None:
-        """Page numbers and bank slots for tokens up to `end`. Waits for the store if the bank is full."""
+        """Page numbers, and room for tokens up to `end`. Waits for the store if the bank is full."""
         page_tokens = self.geometry.page_tokens
         while len(row.page_ids) * page_tokens < end:
             page_index = len(row.page_ids)
             key = row.keys[page_index] if page_index < len(row.keys) else None
             page_id = self.pages.new(key, row.lease)
             self._bump(page_id)
-            leaves = self._leaves(np.array([page_id]))
             try:
-                for layer, residency in enumerate(self.residency):
-                    self._with_room(row, functools.partial(residency.place, leaves), layer)
+                self.with_room(row, functools.partial(self.memory.place, page_id))
             except BaseException:
-                for residency in self.residency:
-                    residency.forget(leaves)
                 _, ended = self.pages.let_go(page_id)
                 if ended is not None and self._client is not None:
                     self._client.release(ended)
@@ -199,11 +181,11 @@ class PageFlow:
 
     def reserve_early(self, row: Row, end: int) -> None:
         """`reserve` for tokens that may come, if that leaves the bank room to work."""
-        if all(residency.may_pin(self.geometry.n_kv_heads) for residency in self.residency):
+        if self.memory.may_pin():
             self.reserve(row, end)
 
-    def _with_room(self, row: Row, act, layer: int):  # type: ignore[no-untyped-def]
-        """Run a residency decision, waiting for pages under way to the store when it lacks room."""
+    def with_room(self, row: Row, act: Callable[[], Any]) -> Any:
+        """Do what takes room on the device, waiting for pages under way to the store while there is none."""
         deadline = time.monotonic() + self._store_timeout_s
         while True:
             try:
@@ -214,7 +196,7 @@ class PageFlow:
                 started = time.monotonic()
                 if started > deadline:
                     raise DeadlineExceeded(
-                        f"no bank slot of layer {layer} became free in {self._store_timeout_s} s: "
+                        f"no bank slot became free in {self._store_timeout_s} s: "
                         f"{len(self._writes)} pages wait for the store"
                     ) from None
                 running = [w.future for w in self._writes if not w.future.done()]
@@ -224,25 +206,6 @@ class PageFlow:
                     time.sleep(0.05)
                 row.stats.seconds_store += time.monotonic() - started
                 self.poll()
-
-    def append(self, layer: int, row: Row, start: int, k: Tensor, v: Tensor) -> None:
-        """Write K and V of tokens start … (k, v [Hkv, T, D]) into the bank.
-
-        Tokens of pages that existed already are skipped: stored KV is never overwritten. Raises
-        NumericalError naming layer and position if a number is not finite in the KV format.
-        """
-        page_tokens = self.geometry.page_tokens
-        skip = max(0, row.n_existing_pages * page_tokens - start)
-        n_tokens = k.shape[1]
-        if skip >= n_tokens:
-            return
-        positions = np.arange(start + skip, start + n_tokens)
-        pages = row.page_ids.array[positions // page_tokens]
-        leaves = pages[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
-        slots = self.residency[layer].slots_of(leaves)
-        wrong = self.bank.write(layer, slots, positions % page_tokens, k[:, skip:], v[:, skip:])
-        if wrong >= 0:
-            raise not_finite(row, layer, int(positions[wrong]), self.geometry)
 
     def complete(self, row: Row, start: int, end: int) -> None:
         """Pages that filled up with tokens start … end in all layers go to the store, behind us."""
@@ -263,9 +226,7 @@ class PageFlow:
 
     def _store(self, page_id: int, key: PageKey, parent: PageKey) -> None:
         assert self._client is not None
-        leaves = self._leaves(np.array([page_id]))
-        slots = np.stack([r.slots_of(leaves) for r in self.residency])
-        page = self.bank.page_bytes(slots)
+        page = self.memory.page_bytes(page_id)
         future = self._client.store(key, parent, page, self.pages.group_of(page_id))
         generation = int(self._generation[page_id])
         self._writes.append(_Write(page_id, key, parent, future, generation))
@@ -314,9 +275,7 @@ class PageFlow:
 
     def _settle(self, write: _Write) -> None:
         self.pages.set_home(write.page_id, write.future.result())
-        leaves = self._leaves(np.array([write.page_id]))
-        for residency in self.residency:
-            residency.mark_safe(leaves)
+        self.memory.mark_safe(write.page_id)
 
     def lost_leases(self) -> set[int]:
         """Pages whose lease a store ended: their bytes may be another page's by now."""
@@ -333,13 +292,3 @@ class PageFlow:
         wait([w.future for w in self._writes], timeout=timeout_s)
         self.poll()
         return not self._writes
-
-
-def not_finite(row: Row, layer: int, position: int, geometry: PageGeometry) -> NumericalError:
-    return NumericalError(
-        f"row {row.row_id}: a key or value of layer {layer} at position {position} is not finite in "
-        f"{geometry.kv_dtype}; the row cannot be answered",
-        row_id=row.row_id,
-        layer=layer,
-        position=position,
-    )

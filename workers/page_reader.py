@@ -18,20 +18,18 @@ from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
 from .bank import TORCH_DTYPE, Bank
 from .local_pages import LocalPages
+from .page_errors import PageLost
 from .residency import Residency
 from .row import Row
 
-WithRoom = Callable[[Row, Callable[[], Any], int], Any]
-"""Runs a residency decision of a layer for a row, waiting for pages under way to the store when the
-bank lacks room."""
+WithRoom = Callable[[Row, Callable[[], Any]], Any]
+"""Runs a residency decision for a row, waiting for pages under way to the store when the bank lacks
+room."""
 
 
-class PageLost(Exception):
-    """A page has no good copy left: the row starts again and recomputes it. Never leaves the worker."""
-
-    def __init__(self, page_id: int) -> None:
-        super().__init__(f"page {page_id} has no good copy")
-        self.page_id = page_id
+def at_once(row: Row, act: Callable[[], Any]) -> Any:
+    """A `WithRoom` that waits for nothing."""
+    return act()
 
 
 class PageReader:
@@ -44,14 +42,13 @@ class PageReader:
         pages: LocalPages,
         residency: Sequence[Residency],
         client: PageClient | None,
-        with_room: WithRoom,
     ) -> None:
         self.geometry = geometry
         self._bank = bank
         self._pages = pages
         self._residency = residency
         self._client = client
-        self._with_room = with_room
+        self.with_room: WithRoom = at_once
         self._heads = np.arange(geometry.n_kv_heads, dtype=np.int64)
         self._mapped: list[Tensor] = []
         self._in_place: dict[str, dict[int, set[int]]] = {}
@@ -148,12 +145,6 @@ class PageReader:
             n_tokens=n_tokens,
         )
 
-    def pages_on_device(self, row: Row) -> int:
-        """Most pages of this row that the bank of any layer holds now."""
-        leaves = (row.page_ids.array[:, None] * self.geometry.n_kv_heads + self._heads).reshape(-1)
-        resident = [int((r.slots_of(leaves) >= 0).sum()) for r in self._residency]
-        return max(resident, default=0) // self.geometry.n_kv_heads
-
     def fits(self, layer: int, leaves: np.ndarray) -> bool:
         return self._residency[layer].fits(leaves)
 
@@ -195,7 +186,7 @@ class PageReader:
         Raises PageLost if no replica has good bytes, BankTooSmall if they cannot fit.
         """
         residency = self._residency[layer]
-        plan = self._with_room(row, functools.partial(residency.plan, leaves), layer)
+        plan = self.with_room(row, functools.partial(residency.plan, leaves))
         row.stats.bank_hits += plan.n_hits
         row.stats.bank_misses += len(plan.leaves)
         if not len(plan.leaves):

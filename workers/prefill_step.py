@@ -35,7 +35,7 @@ class PrefillStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         started = time.monotonic()
         attention, row = self._attention, self._row
-        attention.flow.append(layer, row, self._start, k, v)
+        attention.memory.append(layer, row, self._start, k, v)
         out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [T, H, D]
         while True:
             self._blocks(layer, q, out, scale)

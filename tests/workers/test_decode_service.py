@@ -190,7 +190,7 @@ def test_rows_leave_nothing_behind(channel: Channel, service: DecodeService) -> 
     flow = service._engine.flow
     assert flow.flush(10.0)
     assert len(flow.pages) == 0
-    assert all(r.n_resident == 0 for r in flow.residency)
+    assert flow.memory.n_used == 0
     assert service._client.stats()["rows"] == 0
 
 

@@ -11,7 +11,7 @@ import torch
 
 from longreach.core.config import Config
 from longreach.workers import layer_attention
-from longreach.workers.page_flow import PageFlow
+from longreach.workers.cpu_memory import CpuMemory
 
 from .tiny import (
     KINDS,
@@ -194,9 +194,9 @@ def test_the_comparison_notices_one_dropped_page(
     models: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (prompt,) = prompts_of(333)
-    append = PageFlow.append
+    append = CpuMemory.append
 
-    def lossy(self: PageFlow, layer: int, row: Any, start: int, k: Any, v: Any) -> None:
+    def lossy(self: CpuMemory, layer: int, row: Any, start: int, k: Any, v: Any) -> None:
         k, v = k.clone(), v.clone()
         for position in range(start, start + k.shape[1]):
             if position // 64 == 2:
@@ -204,7 +204,7 @@ def test_the_comparison_notices_one_dropped_page(
                 v[:, position - start] = 0
         append(self, layer, row, start, k, v)
 
-    monkeypatch.setattr(PageFlow, "append", lossy)
+    monkeypatch.setattr(CpuMemory, "append", lossy)
     config = tiny_config(models[kind])
     tokens, _ = engine_logits(make_engine(config), prompt, N_NEW)
     assert worst_error(config, prompt) > 1e-2

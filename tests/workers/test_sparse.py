@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longreach.core.config import Config
-from longreach.workers import decode_step, decoder_blocks, layer_attention, page_flow
+from longreach.workers import cpu_memory, decode_step, decoder_blocks, layer_attention
 
 from .tiny import (
     VOCAB,
@@ -343,14 +343,14 @@ def test_a_row_whose_keys_are_not_finite_fails_and_the_others_go_on(
     prompts = prompts_of(200, 300)
     settings = config()
     expected = tokens(run(settings, prompts[1:], tmp_path))[0]
-    append = page_flow.PageFlow.append
+    append = cpu_memory.CpuMemory.append
 
     def poison(self: Any, layer: int, row: Any, start: int, k: Any, v: Any) -> None:
         if row.row_id == "row-0" and layer == 1:
             k = torch.full_like(k, torch.nan)
         append(self, layer, row, start, k, v)
 
-    monkeypatch.setattr(page_flow.PageFlow, "append", poison)
+    monkeypatch.setattr(cpu_memory.CpuMemory, "append", poison)
     engine = make_engine(settings)
     for i, prompt in enumerate(prompts):
         engine.submit(request(f"row-{i}", prompt, N_NEW))

@@ -17,6 +17,7 @@ from longreach.kvstore.page_client import PageClient
 from longreach.kvstore.store_service import StoreService
 from longreach.kvstore.transport import serve
 from longreach.workers.engine import Engine
+from longreach.workers.executors import make_executor
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_geometry, policies_of, recipe_for
 from longreach.workers.row import RowRequest
@@ -156,7 +157,8 @@ def make_engine(
     geometry = model_geometry(config)
     policies = policies_of(config, geometry.n_layers)
     recipe = recipe_for(config).fingerprint()
-    return Engine(config, model, geometry, policies, recipe, client, retrievers=retrievers)
+    executor = make_executor(config, model, geometry, policies, recipe, client, retrievers or {})
+    return Engine(config, model, executor, recipe)
 
 
 def request(

@@ -1,0 +1,103 @@
+"""Rows computed by the CPU's kernels: numba where it is there, plain torch otherwise."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.config import Config
+from ..core.errors import ConfigError, LongreachError
+from ..core.page_key import RecipeFingerprint
+from ..core.stage import LayerPolicy
+from ..kvstore.page import PageGeometry
+from ..kvstore.page_client import PageClient
+from .cpu_memory import CpuMemory
+from .decode_step import DecodeStep
+from .layer_attention import LayerAttention
+from .model import ModelAdapter
+from .page_flow import PageFlow
+from .prefill_step import PrefillStep
+from .row import Row
+from .scheduler import min_device_pages, query_blocks
+from .summary_index import SummaryIndex
+
+_log = logging.getLogger(__name__)
+
+
+class CpuExecutor:
+    """An `Executor`. Raises ConfigError if the bank is too small for the policies."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelAdapter,
+        geometry: PageGeometry,
+        policies: tuple[LayerPolicy, ...],
+        recipe: RecipeFingerprint,
+        client: PageClient | None,
+        retrievers: dict[str, str],
+    ) -> None:
+        needed = min_device_pages(policies, geometry.page_tokens)
+        if config.cache.device_pages < needed:
+            raise ConfigError(
+                f"cache.device_pages ({config.cache.device_pages}) is less than the {needed} pages "
+                "that sink, window and one group of selected blocks need"
+            )
+        self._config = config
+        self._model = model
+        self.memory = CpuMemory(geometry, config.cache.device_pages, client)
+        self.flow = PageFlow(geometry, self.memory, recipe, client, config.store.timeout_s * 3)
+        self.memory.reader.with_room = self.flow.with_room
+        self.index = SummaryIndex(config.retriever, policies, geometry.page_tokens, retrievers)
+        self.attention = LayerAttention(
+            self.memory, self.flow.versions_of, policies, model.rope, self.index, model.n_heads
+        )
+        self.n_ahead = self.attention.most_ahead
+
+    def opened(self, row: Row) -> None:
+        page_tokens = self._config.cache.page_tokens
+        n_pages = -(-(row.n_prompt + row.request.sampling.max_tokens) // page_tokens)
+        # new pages take the lowest numbers that are free
+        self.index.reserve(len(self.flow.pages) + n_pages - row.n_existing_pages)
+        n_layers = len(self.attention.policies)
+        row.selections = [None] * n_layers
+        row.plans = [None] * n_layers
+
+    def prefill(self, row: Row, end: int) -> Tensor | None:
+        start, question_block = row.n_done, self._config.attention.question_block
+        blocks = query_blocks(start, end, row.question_start, question_block)
+        step = PrefillStep(self.attention, row, start, blocks, question_block)
+        tokens = torch.from_numpy(row.request.prompt[start:end].astype("int64"))
+        started = time.monotonic()
+        hidden = self._model.hidden(tokens, step, decode=False)
+        row.stats.seconds_linear += time.monotonic() - started - step.seconds
+        return self._model.logits(hidden[-1:])[0] if end == row.n_prompt else None
+
+    def decode(self, rows: Sequence[Row]) -> Tensor:
+        step = DecodeStep(self.attention, rows, self._config.worker.audit_interval)
+        tokens = torch.tensor([row.next_token() for row in rows], dtype=torch.int64)
+        started = time.monotonic()
+        hidden = self._model.hidden(tokens, step, decode=True)
+        step.finish()
+        logits = self._model.logits(hidden)
+        linear_s = (time.monotonic() - started - step.seconds) / len(rows)
+        for row in rows:
+            row.stats.seconds_linear += linear_s
+        return logits
+
+    def reset(self, row: Row) -> None:
+        row.selections, row.plans, row.audit = [], [], None
+
+    def closed(self, row: Row) -> None:
+        try:
+            self.index.close(row)
+        except LongreachError as exc:
+            # a retriever that is gone has forgotten the context anyway
+            _log.warning("closing a context at the retriever failed: %s", exc)
+
+    def update_retrievers(self, addresses: dict[str, str]) -> None:
+        self.index.update_retrievers(addresses)

@@ -1,0 +1,62 @@
+"""Which executor and which weights a configuration asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from ..core.config import Config, ModelConfig
+from ..core.errors import ConfigError
+from ..core.page_key import RecipeFingerprint
+from ..core.stage import LayerPolicy
+from ..kvstore.page import PageGeometry
+from ..kvstore.page_client import PageClient
+from .cpu_executor import CpuExecutor
+from .executor import Executor
+from .model import ModelAdapter
+
+
+def load_model(config: ModelConfig, directory: Path) -> ModelAdapter:
+    """The model on the configured device. Raises ConfigError if there is no such device."""
+    if config.device == "cpu":
+        return ModelAdapter(directory)
+    device = cuda_device()
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return ModelAdapter(directory, device, dtype, own_kernels=False)
+
+
+def make_executor(
+    config: Config,
+    model: ModelAdapter,
+    geometry: PageGeometry,
+    policies: tuple[LayerPolicy, ...],
+    recipe: RecipeFingerprint,
+    client: PageClient | None,
+    retrievers: dict[str, str],
+) -> Executor:
+    """Raises ConfigError if the device is missing, or cannot do or hold what is asked."""
+    if config.model.device == "cpu":
+        return CpuExecutor(config, model, geometry, policies, recipe, client, retrievers)
+    device = cuda_device()
+    # only here: Triton is no dependency of a worker without a GPU
+    from .gpu_executor import GpuExecutor
+    from .pinned import Registered
+
+    reachable = Registered(config.store.timeout_s)
+    return GpuExecutor(config, model, geometry, policies, recipe, client, device, reachable)
+
+
+def cuda_device() -> torch.device:
+    """Raises ConfigError where torch finds no CUDA device, or Triton is missing."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"model.device is cuda, but torch {torch.__version__} finds no CUDA device here; use "
+            "model.device: cpu, or install a CUDA build of torch on a machine with an NVIDIA GPU"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "model.device is cuda, but triton is not installed: pip install 'longreach[gpu]'"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
