@@ -31,11 +31,22 @@ def plan(
     decode_rate: Annotated[
         float, typer.Option(help="Decode tokens/s of one worker; 0 estimates it here.", min=0)
     ] = 0.0,
+    device_gib: Annotated[
+        float, typer.Option(help="Memory of the GPU; 0 asks the one that is here, else 80.", min=0)
+    ] = 0.0,
+    host_gib: Annotated[
+        float, typer.Option(help="Memory of the GPU's host; 0 takes that of this machine.", min=0)
+    ] = 0.0,
 ) -> None:
-    """Say what a batch needs: tokens, pages, bytes per tier, expected time. Runs without a gateway."""
+    """Say what a batch needs: tokens, pages, bytes per tier, expected time. Runs without a gateway.
+
+    With model.device: cuda also what the GPU and its host have to hold, of the device that is there or of
+    one of the size given.
+    """
     from ..workers.model_source import model_geometry
 
     tree = load_config(config, set_)
+    problems = _show_gpu(tree, device_gib, host_gib) if tree.model.device == "cuda" else ()
     geometry = model_geometry(tree)
     sizes, refused = _sizes(batch, tree)
     rates = Rates(prefill_rate, decode_rate)
@@ -50,8 +61,27 @@ def plan(
     out.print(_table(planned, rates, tree))
     for name, error in planned.refused:
         err.print(f"refused: {name}: {error.reason}: {error.message}", soft_wrap=True, markup=False)
-    if planned.refused:
+    if planned.refused or problems:
         raise typer.Exit(1)
+
+
+def _show_gpu(config: Config, device_gib: float, host_gib: float) -> tuple[str, ...]:
+    """The budget of a GPU as a table. Returns what does not fit."""
+    from ..workers.gpu_budget import plan_gpu
+    from ..workers.gpu_estimate import GpuModel
+    from ..workers.gpu_machine import machine_of
+    from ..workers.gpu_needs import GpuLoad
+    from ..workers.model_source import load_model_config, model_dir
+
+    model = GpuModel.of(load_model_config(model_dir(config.model)))
+    budget = plan_gpu(GpuLoad.of(config, model), machine_of(device_gib, host_gib))
+    table = Table("part", "bytes", "", title="GPU")
+    for what, n_bytes, note in budget.describe():
+        table.add_row(what, "" if n_bytes is None else human_bytes(n_bytes), note)
+    out.print(table)
+    for problem in budget.problems:
+        err.print(f"does not fit: {problem}", soft_wrap=True, markup=False)
+    return budget.problems
 
 
 def _sizes(batch: Path, config: Config) -> tuple[list[RowSize], list[tuple[str, LongreachError]]]:

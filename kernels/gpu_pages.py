@@ -97,6 +97,15 @@ class DeviceMask:
         """Hsel."""
         return self.blocks.shape[1]
 
+    def first(self, n_rows: int) -> DeviceMask:
+        """Of the leading rows: views, nothing is copied."""
+        return DeviceMask(
+            tuple(x[:n_rows] for x in self.inputs),
+            tuple(x[:n_rows] for x in self.n_inputs),
+            self.blocks[:n_rows],
+            self.n_blocks[:n_rows],
+        )
+
     @classmethod
     def empty(
         cls, policy: LayerPolicy, n_rows: int, n_kv_heads: int, device: torch.device | str
@@ -147,6 +156,8 @@ class DeviceScratch:
 
     device: torch.device | str
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    outgrown: list[Tensor] = field(default_factory=list)
+    """A graph that was captured with a smaller buffer still writes there."""
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """The buffer of that name, made or made larger if need be. Its contents are garbage, but counters
@@ -156,6 +167,8 @@ class DeviceScratch:
             n *= size
         held = self.buffers.get(name)
         if held is None or held.dtype != dtype or held.numel() < n:
+            if held is not None:
+                self.outgrown.append(held)
             make = torch.zeros if dtype == torch.int32 else torch.empty
             held = make(n, dtype=dtype, device=self.device)
             self.buffers[name] = held

@@ -1,5 +1,8 @@
 """What the Triton kernels share: reading stored keys and values, angles, ordered numbers."""
 
+# kernels take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton
@@ -93,4 +96,4 @@ def is_due(position, fresh, offset, refresh: tl.constexpr):
 
 def warps_of(n_items: int) -> int:
     """Warps for a tile of so many numbers: 32 a thread, at least 1 and at most 8 warps."""
-    return max(1, min(8, triton.next_power_of_2(max(1, n_items // 1024))))
+    return int(max(1, min(8, triton.next_power_of_2(max(1, n_items // 1024)))))

@@ -4,6 +4,9 @@ One copy call a leaf would cost 5 to 7 us each; loads of 16 bytes by a few progr
 (performance.md 2.3: 55 GB/s * 1.5 us = 82 KB must be under way; a program has up to 32 KB).
 """
 
+# kernels take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

@@ -6,6 +6,9 @@ what is missing from host memory; then `promote` (triton_gather.py), which copie
 are never pages that the step reads.
 """
 
+# kernels take their types from what they are called with
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

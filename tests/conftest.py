@@ -13,6 +13,9 @@ import pytest
 
 # read by OpenMP when torch is imported: spinning threads starve the tests' other processes
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# read by Triton when a kernel's file is imported: no test needs a GPU, and those that can use one say how
+if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 

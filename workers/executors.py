@@ -11,11 +11,19 @@ from ..core.config import Config, ModelConfig
 from ..core.errors import ConfigError
 from ..core.page_key import RecipeFingerprint
 from ..core.stage import LayerPolicy
-from ..kvstore.page import PageGeometry
+from ..kvstore.page import Bytes, PageGeometry
 from ..kvstore.page_client import PageClient
 from .cpu_executor import CpuExecutor
 from .executor import Executor
+from .gpu_budget import plan_gpu
+from .gpu_estimate import GpuModel
+from .gpu_machine import machine_of
+from .gpu_needs import GpuLoad
 from .model import ModelAdapter
+from .pinned import PinnedArena, cuda_registrar
+
+PIECE_BYTES = 1 << 30
+"""Host memory registered at once: long enough to be worth a call, short enough to wait for."""
 
 
 def load_model(config: ModelConfig, directory: Path) -> ModelAdapter:
@@ -40,12 +48,32 @@ def make_executor(
     if config.model.device == "cpu":
         return CpuExecutor(config, model, geometry, policies, recipe, client, retrievers)
     device = cuda_device()
+    # said before anything is allocated, with what to change
+    plan_gpu(GpuLoad.of(config, GpuModel.of(model.config)), machine_of()).check()
     # only here: Triton is no dependency of a worker without a GPU
     from .gpu_executor import GpuExecutor
-    from .pinned import Registered
 
-    reachable = Registered(config.store.timeout_s)
+    reachable = Reached(config.store.timeout_s)
     return GpuExecutor(config, model, geometry, policies, recipe, client, device, reachable)
+
+
+class Reached:
+    """A `Reachable`: memories are registered with CUDA whole, piece by piece in the background, from the
+    first time that a page in them is wanted."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._arenas: dict[int, PinnedArena] = {}
+
+    def __call__(self, memory: Bytes, first: int, n_bytes: int) -> None:
+        arena = self._arenas.get(memory.ctypes.data)
+        if arena is None:
+            registrar = cuda_registrar(
+                torch.cuda.current_device(), read_only=not memory.flags.writeable
+            )
+            arena = PinnedArena(memory, PIECE_BYTES, registrar)
+            self._arenas[memory.ctypes.data] = arena
+        arena.wait_ready(first, n_bytes, self._timeout_s)
 
 
 def cuda_device() -> torch.device:

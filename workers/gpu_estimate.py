@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..core.stage import QUERY_BLOCK, LayerPolicy, Stage
 from ..kernels.summaries import table_dtype, table_of, table_shape, tail_table
 from ..kvstore.page import PageGeometry
 from .bank import TORCH_DTYPE
 
+WEIGHT_BYTES = 2
 ACTIVATION_BYTES = 2
 """Of a number that passes between layers on a device."""
 SPARSE_SHARE = 1 / 3
@@ -33,6 +35,25 @@ class GpuModel:
     intermediate: int
     vocab: int
     weight_bytes: int
+
+    @classmethod
+    def of(cls, config: Any) -> GpuModel:
+        """Of a configuration of transformers; weights of 16 bit."""
+        heads = int(config.num_attention_heads)
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        sizes = cls(
+            int(config.num_hidden_layers),
+            heads,
+            int(config.num_key_value_heads),
+            head_dim,
+            int(config.hidden_size),
+            int(config.intermediate_size),
+            int(config.vocab_size),
+            0,
+        )
+        n_tables = 1 if config.tie_word_embeddings else 2
+        n_weights = sizes.n_linear + n_tables * sizes.vocab * sizes.hidden
+        return replace(sizes, weight_bytes=WEIGHT_BYTES * n_weights)
 
     @property
     def n_linear(self) -> int:

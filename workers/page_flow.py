@@ -86,7 +86,7 @@ class PageFlow:
             started = time.monotonic()
             for key, handle in self._acquire_leading(row, keys[n_here:]):
                 page_id = self.pages.new(key, row.lease)
-                self._bump(page_id)
+                self.renew(page_id)
                 self.pages.set_home(page_id, handle)
                 row.page_ids.append(page_id)
                 self.memory.adopt(page_id)
@@ -126,7 +126,7 @@ class PageFlow:
             gone, ended = self.pages.let_go(page_id)
             if gone:
                 forgotten.append(page_id)
-                self._bump(page_id)
+                self.renew(page_id)
             if ended is not None:
                 released.append(ended)
         # at once: other rows wait for the end of one that has thousands of pages
@@ -142,7 +142,7 @@ class PageFlow:
             self._client.drop([key for key in row.private_keys if key not in writing])
         row.private_keys = []
 
-    def _bump(self, page_id: int) -> None:
+    def renew(self, page_id: int) -> None:
         """A page number is reused: writes started for its former page no longer concern it."""
         if page_id >= len(self._generation):
             grown = np.zeros(max(page_id + 1, 2 * len(self._generation)), dtype=np.int64)
@@ -169,7 +169,7 @@ class PageFlow:
             page_index = len(row.page_ids)
             key = row.keys[page_index] if page_index < len(row.keys) else None
             page_id = self.pages.new(key, row.lease)
-            self._bump(page_id)
+            self.renew(page_id)
             try:
                 self.with_room(row, functools.partial(self.memory.place, page_id))
             except BaseException:

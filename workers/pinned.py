@@ -58,8 +58,8 @@ class PinnedArena:
     def __init__(
         self, memory: int | Any, piece_bytes: int, registrar: Registrar | None = None
     ) -> None:
-        """memory: bytes to take, or a writable buffer such as a mapped file of the node's arena, at the
-        start of a memory page; piece_bytes: a multiple of the memory page. registrar None: nothing is
+        """memory: bytes to take, or a buffer such as a mapped file of the node's arena, at the start of a
+        memory page; piece_bytes: a multiple of the memory page. registrar None: nothing is
         registered (no device), all is ready.
 
         Returns at once. Raises PinRefused if there is no such memory, InternalError for wrong sizes.
@@ -71,8 +71,8 @@ class PinnedArena:
         page = mmap.PAGESIZE
         if piece_bytes <= 0 or piece_bytes % page or self.address % page:
             raise InternalError(f"pieces of {piece_bytes} bytes do not begin at memory pages")
-        if not self.bytes.flags.writeable or not len(self.bytes):
-            raise InternalError("memory for the device must be writable and not empty")
+        if not len(self.bytes):
+            raise InternalError("memory for the device must not be empty")
         self._piece_bytes = piece_bytes
         self._registrar = registrar
         self._changed = threading.Condition()
@@ -218,17 +218,24 @@ class CudaRegistrar:
     """cudaHostRegister, portable and mapped. Where addresses are unified (64-bit Linux) the device uses those
     of the host."""
 
-    PORTABLE, MAPPED = 1, 2
+    PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
 
-    def __init__(self, device: int = 0, runtime: Callable[[], Any] = torch.cuda.cudart) -> None:
-        """runtime: gives the CUDA runtime that torch has loaded."""
+    def __init__(
+        self,
+        device: int = 0,
+        runtime: Callable[[], Any] = torch.cuda.cudart,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """runtime: gives the CUDA runtime that torch has loaded. read_only: for memory that this process has
+        mapped for reading, such as a store's arena."""
         self._device = device
+        self._flags = self.PORTABLE | self.MAPPED | (self.READ_ONLY if read_only else 0)
         self._cuda = runtime()
 
     def register(self, address: int, n_bytes: int) -> None:
         with torch.cuda.device(self._device):
-            flags = self.PORTABLE | self.MAPPED
-            code = int(self._cuda.cudaHostRegister(address, n_bytes, flags))
+            code = int(self._cuda.cudaHostRegister(address, n_bytes, self._flags))
         if code:
             raise PinRefused(
                 f"CUDA refuses to register {n_bytes} bytes of host memory (error {code}); lower "
@@ -245,6 +252,8 @@ class CudaRegistrar:
             raise PinRefused(f"CUDA cannot unregister host memory (error {code})", code=code)
 
 
-def cuda_registrar(device: int = 0) -> Registrar | None:
+def cuda_registrar(device: int = 0, *, read_only: bool = False) -> Registrar | None:
     """None where there is no CUDA."""
-    return CudaRegistrar(device) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return CudaRegistrar(device, read_only=read_only)

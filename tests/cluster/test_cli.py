@@ -314,3 +314,21 @@ def test_plan_works_without_a_gateway(tmp_path: Path) -> None:
     assert 1900 < total < 3000
     assert 0.4 * total < shared < 0.5 * total  # the second row computes its question only
     assert_fails(invoke("plan", tmp_path / "absent.jsonl"), "UNREADABLE_URI")
+
+
+@pytest.mark.slow
+def test_plan_says_what_a_gpu_has_to_hold(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    path.write_text(json.dumps({"custom_id": "a", "context": "One. Two.", "question": "Three?"}))
+    ask = ("plan", path, "--prefill-rate", "100", "--decode-rate", "10")
+    cuda = ("--set", "model.device=cuda", "--set", "model.max_context_tokens=100000")
+    fits = invoke(*ask, *cuda, "--device-gib", "80", "--host-gib", "128")
+    assert fits.exit_code == 0, fits.stderr
+    text = " ".join(fits.stdout.split())
+    assert "weights" in text
+    assert "page tables" in text
+    assert "estimate" in text
+    small = invoke(*ask, *cuda, "--device-gib", "1", "--host-gib", "128")
+    assert small.exit_code == 1
+    assert "does not fit" in small.stderr
+    assert "cache.device_pages" in small.stderr

@@ -105,7 +105,9 @@ def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 class NoWork(TorchDispatchMode):
     """Refuses whatever waits for the device or allocates."""
 
-    VIEWS = ("slice", "view", "select", "alias", "detach", "unsqueeze", "expand", "as_strided")
+    VIEWS = (
+        "slice", "view", "select", "alias", "detach", "unsqueeze", "expand", "as_strided", "transpose",
+    )  # fmt: skip
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
