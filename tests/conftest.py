@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,13 +50,67 @@ def _seeds() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter prepares `triton.language` again for every call of one compiled function by
+    another, which takes most of a test's time; once a launch is enough."""
+    interpreter: Any = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    ready: set[str] = set()
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        ready.clear()
+        launch(self, *args, **kwargs)
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the launch itself prepared what our own modules see
+        if self.fn.__module__.startswith("triton.") and self.fn.__module__ not in ready:
+            ready.add(self.fn.__module__)
+            prepare(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
+
+
 @pytest.fixture
 def root() -> Path:
     """The checkout."""
     return ROOT
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--grid", action="store_true", help="all cases of tests marked grid")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--grid"):
+        _thin_out(config, items)
+    _skip_gpu(items)
+
+
+def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked grid, the cases that show a parameter's value for the first time: interpreted kernels
+    take seconds each. `make test-kernels` runs all of them."""
+    seen: set[tuple[str, str, str]] = set()
+    kept, left = [], []
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is None or item.get_closest_marker("grid") is None:
+            kept.append(item)
+            continue
+        test = f"{item.path}::{getattr(item, 'originalname', item.name)}"
+        values = {(test, name, repr(value)) for name, value in case.params.items()}
+        (left if values <= seen else kept).append(item)
+        seen |= values
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
+def _skip_gpu(items: list[pytest.Item]) -> None:
     """GPU tests are skipped where there is none, unless one was promised: silence is no success."""
     if not any(item.get_closest_marker("gpu") for item in items):
         return

@@ -12,13 +12,15 @@ from longreach.kernels.append import append_torch
 from longreach.kernels.gpu_pages import KIND, DevicePages
 from longreach.kernels.paged import MOST_OF, RAW, stored_items
 
-from .triton_attend_helpers import DEVICE, no_work, quick_interpreter  # noqa: F401
+from .triton_attend_helpers import DEVICE, no_work
 
 triton = pytest.importorskip("triton")
 
 from longreach.kernels.triton_append import append_chunk_device, append_device  # noqa: E402
 
 from .triton_compile import compile_for_gpu  # noqa: E402
+
+pytestmark = pytest.mark.grid
 
 FORMATS = [
     (torch.float32, 64, 64),

@@ -23,7 +23,6 @@ from .triton_attend_helpers import (
     mask_of,
     no_work,
     policy_of,
-    quick_interpreter,  # noqa: F401
     some_blocks,
 )
 
@@ -33,6 +32,8 @@ from longreach.kernels import triton_attend  # noqa: E402
 from longreach.kernels.triton_attend import attend_decode, splits_of  # noqa: E402
 
 from .triton_compile import compile_for_gpu  # noqa: E402
+
+pytestmark = pytest.mark.grid
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 

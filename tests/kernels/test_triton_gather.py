@@ -17,6 +17,8 @@ from longreach.workers.memory import huge_zeros  # noqa: E402
 
 from .triton_compile import compile_for_gpu  # noqa: E402
 
+pytestmark = pytest.mark.grid
+
 N_HEADS, N_LAYERS = 2, 2
 N_BANKS = N_HEADS * N_LAYERS
 

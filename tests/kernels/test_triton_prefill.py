@@ -18,7 +18,6 @@ from .triton_attend_helpers import (
     device_pages,
     mask_of,
     policy_of,
-    quick_interpreter,  # noqa: F401
     some_blocks,
 )
 
@@ -27,6 +26,8 @@ triton = pytest.importorskip("triton")
 from longreach.kernels.triton_prefill import attend_prefill  # noqa: E402
 
 from .triton_compile import compile_for_gpu  # noqa: E402
+
+pytestmark = pytest.mark.grid
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 

@@ -24,6 +24,8 @@ from longreach.kernels.triton_residency import update_residency  # noqa: E402
 
 from .triton_compile import compile_for_gpu  # noqa: E402
 
+pytestmark = pytest.mark.grid
+
 PAGE = 16
 N_HEADS = 2
 LEAF_BYTES = 48

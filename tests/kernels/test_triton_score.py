@@ -22,6 +22,8 @@ from longreach.kernels.triton_queries import turn_queries
 from longreach.kernels.triton_score import summary_scores
 from longreach.kernels.triton_select import reduce_scores
 
+pytestmark = pytest.mark.grid
+
 STYLES = ["relative", "chunk-indexed", "streaming", "clamped", "none"]
 
 

@@ -20,6 +20,8 @@ from longreach.kernels.triton_lists import StageLists
 from longreach.kernels.triton_queries import turn_queries
 from longreach.kernels.triton_search import search_scores
 
+pytestmark = pytest.mark.grid
+
 STYLES = ["relative", "chunk-indexed", "streaming", "clamped", "none"]
 
 

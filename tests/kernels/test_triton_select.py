@@ -30,6 +30,8 @@ from longreach.kernels.selection import chunk_shares, first_chunks, split_chunks
 from longreach.kernels.triton_lists import StageLists
 from longreach.kernels.triton_select import keep_best, reduce_scores
 
+pytestmark = pytest.mark.grid
+
 
 def keep(
     policy: LayerPolicy, scores: torch.Tensor, starts: torch.Tensor, n: torch.Tensor, position: int,

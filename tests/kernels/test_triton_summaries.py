@@ -16,6 +16,8 @@ from longreach.kernels.summaries import empty_table, fill_table, pages_of
 from longreach.kernels.triton_common import warps_of
 from longreach.kernels.triton_summaries import summarise_decoded, summarise_range
 
+pytestmark = pytest.mark.grid
+
 NAMES = [
     ("bounds", 8, 1.0),
     ("bounds", 16, 0.4),

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -75,31 +74,6 @@ def mask_of(policy: LayerPolicy, lists: list[list[list[int]]], n_kv_heads: int) 
             mask.blocks[row, head, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
             mask.n_blocks[row, head] = len(blocks)
     return mask
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter prepares `triton.language` again for every call of one compiled function by another,
-    which takes most of a test's time; once a launch is enough."""
-    if DEVICE != "cpu":
-        return
-    from triton.runtime import interpreter
-
-    launch, prepare, ready = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
-
-    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        ready.clear()
-        launch(self, *args, **kwargs)
-
-    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # the launch itself prepared what our own modules see
-        if self.fn.__module__.startswith("triton.") and self.fn.__module__ not in ready:
-            ready.add(self.fn.__module__)
-            prepare(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
 
 
 class NoWork(TorchDispatchMode):

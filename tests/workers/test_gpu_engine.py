@@ -19,7 +19,7 @@ from longreach.workers.gpu_steps import GpuDecodeStep
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_geometry, policies_of, recipe_for
 
-from ..kernels.triton_attend_helpers import no_work, quick_interpreter  # noqa: F401
+from ..kernels.triton_attend_helpers import no_work
 from .tiny import (
     engine_logits,
     hf_greedy,

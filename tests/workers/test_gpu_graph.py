@@ -25,7 +25,7 @@ def test_without_cuda_every_step_calls_the_body(enabled: bool) -> None:
     assert list(graphs.sizes) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_captured_step_is_replayed() -> None:
     device = torch.device("cuda")
     total = torch.zeros(8, device=device)
