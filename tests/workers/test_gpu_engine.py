@@ -161,7 +161,7 @@ def test_a_replayed_row_goes_on_where_it_was(llama: Path, sparse: str, tmp_path:
         assert run_all(engine)["again"]["token_ids"] == want
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["float8", "int4"])
 def test_formats_of_kv(llama: Path, sparse: str, kv_dtype: str) -> None:
     config = config_of(llama, f"cache.kv_dtype={kv_dtype}", files=(sparse,))
     (prompt,) = prompts_of(220)
