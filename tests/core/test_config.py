@@ -53,6 +53,7 @@ def test_the_files_are_the_ones_tested_here() -> None:
         "dev",
         "infinitehip-16k-shallow",
         "longreach-3k",
+        "single-gpu-3m",
         *PRESETS,
     }
 
@@ -155,7 +156,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> No
         ("store: {lease_s: -1}", "store.lease_s", "greater than 0"),
         ("store: {timeout_s: .inf}", "store.timeout_s", "finite"),
         ("store: {timeout_s: .nan}", "store.timeout_s", "finite"),
-        ("cache: {kv_dtype: int3}", "cache.kv_dtype", "'float32', 'float16', 'bfloat16' or 'int8'"),
+        ("cache: {kv_dtype: int3}", "cache.kv_dtype", "'bfloat16', 'int8', 'float8' or 'int4'"),
         ("cluster: {wiring: mesh}", "cluster.wiring", "'ray' or 'inprocess'"),
         ("worker: 3", "worker", "valid dictionary"),
         ("worker:", "worker", "valid dictionary"),

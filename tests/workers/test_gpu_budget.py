@@ -295,3 +295,17 @@ def test_the_table_names_parts_sums_and_estimates() -> None:
     assert 60 < budget.prefill.compute_s < 600
     dense = plan_gpu(load_of(DENSE), H100)
     assert dense.prefill.compute_s == pytest.approx(4391, rel=0.05)
+
+
+def test_three_million_tokens_on_one_card_as_configured() -> None:
+    """What configs/single-gpu-3m.yaml says of itself."""
+    config = load_config([ROOT / "configs" / "single-gpu-3m.yaml"])
+    assert config.model.device == "cuda"
+    load = GpuLoad.of(config, LLAMA_8B)
+    assert load.context_tokens == M3
+    plan_gpu(load, replace(H100, host_bytes=256 << 30)).check()
+    small = plan_gpu(load, replace(H100, host_bytes=128 << 30))
+    assert small.best_format == "int4"
+    with pytest.raises(ConfigError, match=r"cache\.kv_dtype"):
+        small.check()
+    assert config.store.capacity_bytes >= load.n_pages * load.geometry.page_nbytes
