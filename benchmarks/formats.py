@@ -2,10 +2,10 @@
 
     python -m benchmarks.formats [--tokens 4096]
 
-The embedded model reads a held-out text with dense float32 attention, keys and values rounded to each format
-of `cache.kv_dtype` as they are stored. Compared with float32: the distribution of the next token at positions over
-the last quarter of the text (KL divergence, nats; share of equal first choices; negative log-likelihood of the
-token that follows).
+The embedded model reads a held-out text with dense float32 attention, keys and values rounded to each
+format of `cache.kv_dtype` as they are stored. Compared with float32: the distribution of the next token at
+positions over the last quarter of the text (KL divergence, nats; share of equal first choices; negative
+log-likelihood of the token that follows).
 """
 
 from __future__ import annotations
