@@ -83,11 +83,11 @@ FULL = Size(
 TOY = Size(
     shape=Shape(2, 1, 16),
     model=gpu_model.TOY,
-    contexts=(450,),
-    offload_context=450,
-    decode=((450, "int4"),),
-    depths=(0, 256),
-    prefill_whole=512,
+    contexts=(300,),
+    offload_context=300,
+    decode=((300, "int4"),),
+    depths=(0, 192),
+    prefill_whole=384,
     chunk_tokens=64,
     device_bytes=1 << 26,
     host_bytes=1 << 26,
@@ -194,7 +194,7 @@ class Run:
             self.device,
             s.device_bytes,
             self.precision,
-            2 if self.toy else 8,
+            1 if self.toy else 8,
         )
 
     def _graph(self) -> Row:

@@ -154,7 +154,9 @@ def measure(
         one = PageGeometry(1, shape.n_kv_heads, shape.page_tokens, shape.head_dim, kv_dtype)
         n_pages = -(-n_tokens // shape.page_tokens) + 8
         # so many layers that the pages of one have left the cache when its turn comes again
-        n_layers = max(2, min(most_layers, most_bytes // (n_pages * one.page_nbytes)))
+        n_layers = max(
+            min(2, most_layers), min(most_layers, most_bytes // (n_pages * one.page_nbytes))
+        )
         geometry = PageGeometry(
             n_layers, shape.n_kv_heads, shape.page_tokens, shape.head_dim, kv_dtype
         )

@@ -25,14 +25,15 @@ def load_halves(row, live, column, half: tl.constexpr, kind: tl.constexpr):
     """
     mask = live[:, None] & (column < half)[None, :]
     if kind == 5:  # two 4-bit numbers in a byte, low one in the first half; then the row's scale
-        at = row.to(tl.pointer_type(tl.uint8))
+        # half a head and a float32 scale: rows are whole words, which a thread loads at once
+        at = tl.multiple_of(row.to(tl.pointer_type(tl.uint8)), 4)
         byte = tl.load(at[:, None] + column[None, :], mask=mask, other=136)  # two zeros
         scale = tl.load((row + half).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)
         low = (byte & 15).to(tl.float32) - 8.0
         high = (byte >> 4).to(tl.float32) - 8.0
         return low * scale[:, None], high * scale[:, None]
     elif kind == 3:
-        at = row.to(tl.pointer_type(tl.int8))
+        at = tl.multiple_of(row.to(tl.pointer_type(tl.int8)), 4)
         first = tl.load(at[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
         second = tl.load(at[:, None] + (column + half)[None, :], mask=mask, other=0).to(tl.float32)
         scale = tl.load((row + 2 * half).to(tl.pointer_type(tl.float32)), mask=live, other=0.0)
