@@ -15,7 +15,7 @@ from longreach.kernels import gpu_ops, reference
 from longreach.kernels.gpu_pages import DeviceAngles, DeviceMask, DevicePages, DeviceScratch
 from longreach.kernels.paged import RAW, PagedKV, pack, unpack
 from longreach.kernels.rope import Rope
-from longreach.kernels.summaries import empty_table, table_dtype, tables_of
+from longreach.kernels.summaries import empty_table, tables_of
 
 Row = dict[str, Any]
 FORMATS = {
@@ -143,11 +143,8 @@ def _of_case(
 def device_tables(case: Case, policy: LayerPolicy, device: torch.device) -> dict[Any, Tensor]:
     """Summaries of all full pages, made on the device; slots are page numbers."""
     n_slots = case.pages.address.shape[1]
-    tables = {}
-    for name in tables_of(policy):
-        like = empty_table(name, case.view, n_slots)
-        dtype = table_dtype(name[0], case.view.kv_dtype)
-        tables[name] = torch.zeros(like.shape, dtype=dtype, device=device)
+    names = tables_of(policy)
+    tables = {name: empty_table(name, case.view, n_slots, device) for name in names}
     n_pages = case.view.n_tokens // case.view.page_tokens
     gpu_ops.summarise_range(case.pages, tables, 0, 0, n_pages)
     return tables

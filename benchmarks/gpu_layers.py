@@ -11,16 +11,13 @@ from torch import Tensor
 
 from longreach.core.stage import LayerPolicy
 from longreach.kernels import gpu_ops
-from longreach.kernels.gpu_pages import DeviceAngles, DeviceScratch
 from longreach.kernels.rope import Rope
-from longreach.kernels.summaries import table_dtype, table_shape, tables_of
 from longreach.kvstore.page import PageGeometry
-from longreach.workers.bank import TORCH_DTYPE
 from longreach.workers.gpu_batch import DeviceBatch
 from longreach.workers.gpu_memory import GpuMemory, always_reachable
 from longreach.workers.gpu_steps import GpuDecodeStep, GpuLayers
 
-from .gpu_rows import Pool, lay_out, random_pool, ready_row
+from .gpu_rows import Pool, lay_out, random_pool, random_tables, ready_row
 from .gpu_time import seconds_of
 
 DENSE = LayerPolicy(attend_rope="none", sink=0, window=0)
@@ -63,27 +60,10 @@ def rig(
     memory = GpuMemory(geometry, 1, max(1, n_copies), n_pages, 64, None, device, always_reachable)
     lay_out(memory, pool, n_pages, held=not host)
     rope = Rope(1.0 / 500000.0 ** (torch.arange(0, shape.head_dim, 2) / shape.head_dim))
-    tables = []
-    for _ in range(n_layers):
-        made = {}
-        for name in tables_of(policy):
-            size = table_shape(name, n_pages, shape.n_kv_heads, shape.page_tokens, shape.head_dim)
-            dtype = table_dtype(name[0], TORCH_DTYPE[kv_dtype])
-            made[name] = torch.empty(size, dtype=dtype, device=device).normal_()
-        tables.append(made)
     policies = [policy] * n_layers
-    layers = Aligned(
-        memory=memory,
-        policies=policies,
-        tables=tables,
-        angles=DeviceAngles.of(rope, n_tokens + 8 * shape.page_tokens, device),
-        most_tokens=n_tokens + 8 * shape.page_tokens,
-        precision=precision,
-        prefill_precision="ieee" if precision == "ieee" else "tf32",
-        select_precision="ieee" if precision == "ieee" else "tf32",
-        scratch=DeviceScratch(device),
-        prefill_scratch=DeviceScratch(device),
-    )
+    most_tokens = n_tokens + 8 * shape.page_tokens
+    layers = Aligned.of(memory, policies, rope, most_tokens, precision)
+    random_tables(layers)
     batch = DeviceBatch(1, n_pages, policies, shape.n_kv_heads, device)
     return layers, batch
 

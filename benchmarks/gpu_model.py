@@ -117,7 +117,7 @@ def decode_rates(
     n_pages = len(row.page_ids)
     pool = random_pool(memory.geometry, n_pages, pool_bytes, device, host=True)
     lay_out(memory, pool, n_pages, held=False)
-    random_tables(executor)
+    random_tables(executor.layers)
     take_numbers(executor.flow, n_pages)
     laps = []
     for _ in range(n_steps):
@@ -153,7 +153,7 @@ def prefill_chunk(
     pool = random_pool(memory.geometry, max(1, n_before), pool_bytes, device, host=True)
     lay_out(memory, pool, n_before, held=False)
     take_numbers(executor.flow, n_before)
-    random_tables(executor)
+    random_tables(executor.layers)
     for index in range(n_before, len(row.page_ids)):
         row.page_ids.array[index] = add_page(executor.flow)
     row.n_done = depth

@@ -7,7 +7,6 @@ has the time to prefill. Pages beyond what memory holds share their bytes with o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from longreach.kernels.paged import pack
 from longreach.kvstore.page import PageGeometry
 from longreach.workers.bank import TORCH_DTYPE
 from longreach.workers.gpu_memory import GpuMemory
+from longreach.workers.gpu_steps import GpuLayers
 from longreach.workers.page_flow import PageFlow
 from longreach.workers.page_list import PageList
 from longreach.workers.row import Row, RowRequest
@@ -78,9 +78,9 @@ def add_page(flow: PageFlow) -> int:
     return page_id
 
 
-def random_tables(executor: Any) -> None:
+def random_tables(layers: GpuLayers) -> None:
     """Summaries as random keys have them: selection then scatters over the whole context."""
-    for tables in executor.layers.tables:
+    for tables in layers.tables:
         for table in tables.values():
             table.normal_()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.stage import LayerPolicy, Stage
+from .gpu_pages import DevicePages
 from .paged import RAW, PagedKV, gather_blocks
 
 try:
@@ -197,10 +198,12 @@ def fill_table(
         put(table, name, slots, first, rows, view.page_tokens)
 
 
-def empty_table(name: TableName, view: PagedKV, n_slots: int) -> Tensor:
+def empty_table(
+    name: TableName, view: PagedKV | DevicePages, n_slots: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """A table for summaries of keys like the view's."""
     shape = table_shape(name, n_slots, view.n_kv_heads, view.page_tokens, view.head_dim)
-    return torch.zeros(shape, dtype=table_dtype(name[0], view.kv_dtype))
+    return torch.zeros(shape, dtype=table_dtype(name[0], view.kv_dtype), device=device)
 
 
 def summarise_pages(view: PagedKV, policy: LayerPolicy, n_pages: int | None = None) -> Summaries:

@@ -89,10 +89,8 @@ class CpuExecutor:
             row.stats.seconds_linear += linear_s
         return logits
 
-    def reset(self, row: Row) -> None:
-        row.selections, row.plans, row.audit = [], [], None
-
     def closed(self, row: Row) -> None:
+        row.selections, row.plans, row.audit = [], [], None
         try:
             self.index.close(row)
         except LongreachError as exc:

@@ -54,8 +54,9 @@ class DecodeService:
         self._started_s = time.monotonic()
         self._totals: dict[str, float] = {}
         use_threads(config.model.n_threads)
-        _log.warning("compiling kernels, if this is their first run here (up to a minute)")
-        _log.warning("kernels are ready after %.1f s", warm_up())
+        if config.model.device == "cpu":
+            _log.warning("compiling kernels, if this is their first run here (up to a minute)")
+            _log.warning("kernels are ready after %.1f s", warm_up())
         directory = model_dir(config.model)
         model = load_model(config.model, directory)
         geometry = model_geometry(config)

@@ -208,7 +208,6 @@ class Engine:
         row.stats.pages_recomputed += len(row.page_ids)
         row.replay, row.tokens = [*row.tokens, *row.replay[len(row.tokens) :]], []
         self._close(row)
-        self._executor.reset(row)
         row.n_done = 0
         row.state = RowState.QUEUED
 

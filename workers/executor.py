@@ -33,12 +33,9 @@ class Executor(Protocol):
         CPU."""
         ...
 
-    def reset(self, row: Row) -> None:
-        """Forget what was kept for the row's attention; it may be opened again."""
-        ...
-
     def closed(self, row: Row) -> None:
-        """The row has let go of its pages and does not come back under this lease."""
+        """The row has let go of its pages: forget what was kept for its attention. It may be opened again,
+        under another lease."""
         ...
 
     def update_retrievers(self, addresses: dict[str, str]) -> None:

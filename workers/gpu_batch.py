@@ -31,18 +31,16 @@ class DeviceBatch:
         self._row_at: list[str | None] = [None] * most_rows
         pinned = device.type == "cuda"
 
-        def both(shape: tuple[int, ...], dtype: torch.dtype, fill: int) -> tuple[Tensor, Tensor]:
-            host = torch.full(shape, fill, dtype=dtype, pin_memory=pinned)
+        def both(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            host = torch.zeros(shape, dtype=dtype, pin_memory=pinned)
             return host, host.to(device, copy=True)
 
-        self._numbers, self.numbers = both((4, most_rows), torch.int64, 0)
+        self._numbers, self.numbers = both((4, most_rows), torch.int64)
         """position, tokens whose KV exists already, token id, whether this is the first step."""
-        self._numbers[0] = EMPTY
-        self._pages, self.pages = both((most_rows, most_pages), torch.int32, 0)
+        self._pages, self.pages = both((most_rows, most_pages), torch.int32)
         self._n_pages_sent = [0] * most_rows
-        self.bad = torch.zeros(most_rows, dtype=torch.int32, device=device)
-        """1: a new key or value of the row was not finite."""
-        self.bad_layer = torch.zeros(len(policies), most_rows, dtype=torch.int32, device=device)
+        self.bad = torch.zeros(len(policies), most_rows, dtype=torch.int32, device=device)
+        """1: a new key or value of the row was not finite in that layer."""
         self.masks: list[DeviceMask | None] = [
             None if p.dense else DeviceMask.empty(p, most_rows, n_kv_heads, device)
             for p in policies

@@ -14,11 +14,8 @@ from ..core.errors import ConfigError
 from ..core.page_key import RecipeFingerprint
 from ..core.stage import LayerPolicy
 from ..kernels import gpu_ops
-from ..kernels.gpu_pages import DeviceAngles, DeviceScratch
-from ..kernels.summaries import TableName, table_dtype, table_shape, tables_of
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient
-from .bank import TORCH_DTYPE
 from .gpu_batch import DeviceBatch
 from .gpu_graph import StepGraphs
 from .gpu_memory import GpuMemory, Reachable
@@ -78,22 +75,8 @@ class GpuExecutor:
         )
         self.flow = PageFlow(geometry, self.memory, recipe, client, config.store.timeout_s * 3)
         self.n_ahead = 1
-        self._policies = policies
         self.batch = DeviceBatch(most_rows, most_pages, policies, geometry.n_kv_heads, device)
-        # products bound prefill, and their operands have 16 bits or fewer
-        coarser = "ieee" if precision == "ieee" else "tf32"
-        self.layers = GpuLayers(
-            memory=self.memory,
-            policies=policies,
-            tables=[self._tables(policy, geometry) for policy in policies],
-            angles=DeviceAngles.of(model.rope, most_tokens, device),
-            most_tokens=most_tokens,
-            precision=precision,
-            prefill_precision=coarser,
-            select_precision=coarser,
-            scratch=DeviceScratch(device),
-            prefill_scratch=DeviceScratch(device),
-        )
+        self.layers = GpuLayers.of(self.memory, policies, model.rope, most_tokens, precision)
         self._logits = torch.zeros(most_rows, model.vocab_size, device=device)
         self._graphs = StepGraphs(self._body, most_rows, device, graphs)
         self._summarised = np.zeros(self.memory.n_page_ids, dtype=np.int64)
@@ -143,19 +126,16 @@ class GpuExecutor:
         places = batch.load(rows, self._config.cache.page_tokens)
         self._graphs.run(batch.n_places(places))
         logits = self._logits[: batch.n_places(places)].cpu()
-        bad = batch.bad_layer.cpu()
+        bad = batch.bad.cpu()
         seconds = (time.monotonic() - started) / len(rows)
         for row, at in zip(rows, places, strict=True):
             row.stats.seconds_linear += seconds
             self._note_summaries(row, row.n_done, row.n_done + 1)
             if bool(bad[:, at].any()):
-                batch.bad_layer[:, at] = 0
+                batch.bad[:, at] = 0
                 layer = int(bad[:, at].argmax())
                 raise not_finite(row, layer, row.n_done, self.memory.geometry)
         return logits[places]
-
-    def reset(self, row: Row) -> None:
-        self.batch.leave(row)
 
     def closed(self, row: Row) -> None:
         self.batch.leave(row)
@@ -181,27 +161,13 @@ class GpuExecutor:
         """Pages that tokens start … end completed have their summaries."""
         page_tokens = self._config.cache.page_tokens
         done = slice(start // page_tokens, end // page_tokens)
+        if done.start == done.stop:
+            return  # most decode steps: a row has thousands of pages to look at
         self._summarised[row.page_ids.array[done]] = self.flow.versions_of(row)[done]
 
     def _pages(self, row: Row) -> Tensor:
         ids = torch.from_numpy(row.page_ids.array.astype("int32"))
         return ids[None].to(self._device)
-
-    def _tables(self, policy: LayerPolicy, geometry: PageGeometry) -> dict[TableName, Tensor]:
-        """Summaries of every page number, as policies read them."""
-        kv_dtype = TORCH_DTYPE[geometry.kv_dtype]
-        made = {}
-        for name in tables_of(policy):
-            shape = table_shape(
-                name,
-                self.memory.n_page_ids,
-                geometry.n_kv_heads,
-                geometry.page_tokens,
-                geometry.head_dim,
-            )
-            dtype = table_dtype(name[0], kv_dtype)
-            made[name] = torch.zeros(shape, dtype=dtype, device=self._device)
-        return made
 
 
 def _check(policies: Sequence[LayerPolicy], geometry: PageGeometry) -> None:

@@ -47,11 +47,11 @@ class StepGraphs:
         graph = self._graphs.get(size)
         if graph is None:
             # the step is taken by the warm-up, whose effects on pages a second run repeats exactly
-            graph = self._capture(size)
-            return
-        graph.replay()
+            self._capture(size)
+        else:
+            graph.replay()
 
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, size: int) -> None:
         started = time.monotonic()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -65,4 +65,3 @@ class StepGraphs:
         self._pool = self._pool or graph.pool()
         self._graphs[size] = graph
         _log.info("captured a decode step of %d rows in %.1f s", size, time.monotonic() - started)
-        return graph

@@ -9,14 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from ..core.errors import BankTooSmall, ConfigError
 from ..kernels.gpu_bank import DeviceBank
 from ..kernels.gpu_ops import forget
 from ..kernels.gpu_pages import DevicePages
-from ..kvstore.page import Bytes, PageGeometry
+from ..kvstore.page import Bytes, PageGeometry, page_checksums
 from ..kvstore.page_client import PageClient, PageHandle
 from .bank import TORCH_DTYPE
 from .local_pages import LocalPages
@@ -87,13 +86,6 @@ class GpuMemory:
     def n_used(self) -> int:
         n_copies = int((self.bank.owner >= 0).sum())
         return len(self._place_of) * self.geometry.n_leaves + n_copies
-
-    @property
-    def table_bytes(self) -> int:
-        """Bytes of the tables that grow with the number of pages."""
-        bank = self.bank
-        tables = (bank.address, bank.slot_of, bank.host_address, bank.wanted)
-        return sum(table.nbytes for table in tables)
 
     def view(self, layer: int, pages: Tensor) -> DevicePages:
         """One layer for a batch: pages int32 [B, most pages] on the device."""
@@ -197,7 +189,7 @@ class GpuMemory:
         handle = self.pages.handles[page_id]
         assert handle is not None
         memory = self._client.memories[handle.memory]
-        first = handle.first_leaf_row * self.geometry.leaf_nbytes
+        first = self._bytes_of(handle).start
         self._reachable(memory, first, self.geometry.page_nbytes)
         self.bank.host_address[page_id] = memory.ctypes.data + first
 
@@ -224,14 +216,13 @@ class GpuMemory:
 
     def _intact(self, handle: PageHandle) -> bool:
         assert self._client is not None
-        n_bytes = self.geometry.leaf_nbytes
-        memory = self._client.memories[handle.memory]
-        first = handle.first_leaf_row * n_bytes
-        for leaf, checksum in enumerate(handle.checksums.tolist()):
-            start = first + leaf * n_bytes
-            if xxhash.xxh3_64_intdigest(memory[start : start + n_bytes].data) != checksum:
-                return False
-        return True
+        page = self._client.memories[handle.memory][self._bytes_of(handle)]
+        return np.array_equal(page_checksums(page, self.geometry), handle.checksums)
+
+    def _bytes_of(self, handle: PageHandle) -> slice:
+        """Where a page lies in its memory."""
+        first = handle.first_leaf_row * self.geometry.leaf_nbytes
+        return slice(first, first + self.geometry.page_nbytes)
 
 
 def always_reachable(memory: Bytes, first: int, n_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..core.stage import QUERY_BLOCK, LayerPolicy
 from ..kernels import gpu_ops
 from ..kernels.gpu_pages import DeviceAngles, DeviceMask, DeviceScratch
-from ..kernels.summaries import TableName
+from ..kernels.rope import Rope
+from ..kernels.summaries import TableName, empty_table, tables_of
 from .gpu_batch import DeviceBatch
 from .gpu_memory import GpuMemory
 
@@ -43,6 +45,36 @@ class GpuLayers:
         intervals = [p.refreshes[-1] if p.stages else 1 for p in self.policies]
         pairs = [(self.offset(layer), n) for layer, n in enumerate(intervals)]
         self.schedule = gpu_ops.schedule_of(pairs, device)
+
+    @classmethod
+    def of(
+        cls,
+        memory: GpuMemory,
+        policies: Sequence[LayerPolicy],
+        rope: Rope,
+        most_tokens: int,
+        precision: str,
+    ) -> Self:
+        """precision: of decode, "ieee" or "tf32x3"; products bound prefill and selection, and their operands
+        have 16 bits or fewer, so there it is "tf32" unless "ieee" is asked for."""
+        device = memory.bank.address.device
+        view = memory.view(0, torch.zeros(1, 1, dtype=torch.int32, device=device))
+        coarser = "ieee" if precision == "ieee" else "tf32"
+        return cls(
+            memory=memory,
+            policies=policies,
+            tables=[
+                {name: empty_table(name, view, memory.n_page_ids, device) for name in tables_of(p)}
+                for p in policies
+            ],
+            angles=DeviceAngles.of(rope, most_tokens, device),
+            most_tokens=most_tokens,
+            precision=precision,
+            prefill_precision=coarser,
+            select_precision=coarser,
+            scratch=DeviceScratch(device),
+            prefill_scratch=DeviceScratch(device),
+        )
 
     def offset(self, layer: int) -> int:
         """Refreshes are spread over layers by the first stage's interval (DESIGN 6.3)."""
@@ -80,7 +112,7 @@ class GpuDecodeStep:
             k.transpose(0, 1),
             v.transpose(0, 1),
             batch.n_existing[:n],
-            batch.bad_layer[layer, :n],
+            batch.bad[layer, :n],
         )
         if mask is not None:
             mine = mask.first(n)
