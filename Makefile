@@ -56,11 +56,12 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
 demo: setup
 	$(BIN)/longreach demo
 
+# two processes: one runs what starts services of its own, the other computes (tests/conftest.py)
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-kernels: setup
-	$(BIN)/python -m pytest --grid tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist load --grid tests/kernels
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVING = ("cluster", "e2e", "kvstore")
+"""Folders whose tests start services."""
 GRID_CASES = 2
 """Of a test marked grid, in the short version."""
 
@@ -91,6 +93,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--grid"):
         _thin_out(config, items)
     _skip_gpu(items)
+    if config.pluginmanager.hasplugin("xdist"):
+        _share_out(items)
+
+
+def _share_out(items: list[pytest.Item]) -> None:
+    """Units of work for `pytest -n 2 --dist loadgroup`. Tests that start services, wait and measure time are
+    one unit and begin first, so that they share the fixtures of a session and never disturb each other; of
+    the others, each file is one."""
+
+    def serves(item: pytest.Item) -> bool:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        return folder in SERVING or folder.endswith(".py")
+
+    items.sort(key=lambda item: not serves(item))
+    for item in items:
+        unit = "services" if serves(item) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(unit))
 
 
 def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
