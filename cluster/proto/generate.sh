@@ -10,5 +10,6 @@ trap 'rm -rf "$out"' EXIT
 "$python" -m grpc_tools.protoc -Ilongreach=. \
   --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" \
   longreach/cluster/proto/inference.proto longreach/cluster/proto/jobs.proto \
-  longreach/cluster/proto/contexts.proto longreach/cluster/proto/admin.proto
+  longreach/cluster/proto/contexts.proto longreach/cluster/proto/admin.proto \
+  longreach/cluster/proto/kv.proto
 cp "$out"/longreach/cluster/proto/*_pb2*.py "$out"/longreach/cluster/proto/*_pb2.pyi cluster/proto/
