@@ -16,7 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import BankTooSmall, DeadlineExceeded
+from ..core.errors import (
+    BankTooSmall,
+    DeadlineExceeded,
+    LongreachError,
+    ResourceExhausted,
+    StoreFull,
+)
 from ..core.page_key import ROOT_KEY, PageKey, RecipeFingerprint, page_keys, private_recipe
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
@@ -37,6 +43,7 @@ class _Write:
     future: Future[PageHandle]
     generation: int
     retry_at_s: float | None = None
+    failure: BaseException | None = None
 
 
 class PageFlow:
@@ -195,10 +202,7 @@ class PageFlow:
                     raise
                 started = time.monotonic()
                 if started > deadline:
-                    raise DeadlineExceeded(
-                        f"no bank slot became free in {self._store_timeout_s} s: "
-                        f"{len(self._writes)} pages wait for the store"
-                    ) from None
+                    raise self._no_room() from None
                 running = [w.future for w in self._writes if not w.future.done()]
                 if running:
                     wait(running, timeout=1.0, return_when="FIRST_COMPLETED")
@@ -206,6 +210,17 @@ class PageFlow:
                     time.sleep(0.05)
                 row.stats.seconds_store += time.monotonic() - started
                 self.poll()
+
+    def _no_room(self) -> LongreachError:
+        """Why the bank stayed full. Full stores are said to be full: the row then waits its turn until others
+        have let go of their pages, which a missed deadline would count against it."""
+        full = [w.failure for w in self._writes if isinstance(w.failure, ResourceExhausted)]
+        waited = (
+            f"after {self._store_timeout_s} s {len(self._writes)} pages still wait for the store"
+        )
+        if full:
+            return StoreFull(f"{waited}: {full[0].message}")
+        return DeadlineExceeded(f"no bank slot became free: {waited}")
 
     def complete(self, row: Row, start: int, end: int) -> None:
         """Pages that filled up with tokens start … end in all layers go to the store, behind us."""
@@ -260,7 +275,7 @@ class PageFlow:
                 self._client.drop([write.key])
             if self._generation[write.page_id] != write.generation:
                 continue  # its row ended meanwhile, and its lease group with it
-            failure = write.future.exception()
+            failure = write.failure = write.future.exception()
             if failure is None:
                 self._settle(write)
                 continue
