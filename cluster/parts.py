@@ -30,7 +30,8 @@ class Parts:
 def fingerprint(config: Config, parts: Parts) -> str:
     """Names what shapes a running part; a part started with another one is not adopted."""
     tree = config_dict(config)
-    shaping = {k: tree[k] for k in ("model", "attention", "cache", "worker", "store", "retriever")}
+    sections = ("model", "attention", "cache", "worker", "store", "retriever", "faults")
+    shaping = {k: tree[k] for k in sections}
     text = json.dumps([shaping, parts.store, parts.retriever, parts.worker], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -46,24 +47,28 @@ def build_store(
     config: Config, store_id: str, node_id: str, geometry: Mapping[str, Any]
 ) -> Service:
     """One KV store shard behind the transport."""
+    from ..kvstore.faults import with_faults
     from ..kvstore.page import PageGeometry
     from ..kvstore.store_service import StoreService
 
-    return StoreService(
+    service = StoreService(
         store_id,
         node_id,
         config.store.arena_dir,
         PageGeometry.from_dict(dict(geometry)),
         config.store.capacity_bytes,
-        faults=config.store.faults,
+        faults=config.store.faults or config.faults.corrupt > 0,
     )
+    return with_faults(service, config.faults, store_id, store=True)
 
 
 def build_retriever(config: Config, retriever_id: str, node_id: str) -> Service:
     """One retriever shard: summaries of the contexts that hash to it."""
+    from ..kvstore.faults import with_faults
     from ..workers.retriever_service import RetrieverService
 
-    return cast(Service, RetrieverService(config, retriever_id))
+    service = cast(Service, RetrieverService(config, retriever_id))
+    return with_faults(service, config.faults, retriever_id)
 
 
 def build_worker(
@@ -75,9 +80,8 @@ def build_worker(
     on_fatal: Callable[[BaseException], None],
 ) -> Service:
     """One decode worker; loads the model (seconds). `on_fatal` is told when its engine is dead."""
+    from ..kvstore.faults import with_faults
     from ..workers.decode_service import DecodeService
 
-    return cast(
-        Service,
-        DecodeService(config, dict(stores), dict(retrievers), worker_id, node_id, on_fatal),
-    )
+    service = DecodeService(config, dict(stores), dict(retrievers), worker_id, node_id, on_fatal)
+    return with_faults(cast(Service, service), config.faults, worker_id)

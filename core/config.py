@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
+from .fault_config import FaultsConfig
 from .stage import QUERY_BLOCK, LayerPolicy, question_start
 
 KvDtype = Literal["float32", "float16", "bfloat16", "int8", "float8", "int4"]
@@ -101,8 +102,44 @@ class StoreConfig(_Section):
     """Deadline of one call to a store."""
     arena_dir: str = "/dev/shm"
     """Directory of the shared-memory arena files."""
+    disk_dir: str | None = None
+    """Directory of the disk tier's files (`<store id>.pages`, `.index`); none keeps pages in memory
+    only. A store that restarts finds the pages of its files again."""
+    disk_bytes: int = Field(default=0, ge=0)
+    """Bytes of page slots on disk per store shard; needs `disk_dir`."""
+    disk_write: Literal["demote", "through"] = "demote"
+    """`demote`: pages go to disk when the arena is above its high watermark. `through`: every page
+    is also written to disk, behind, so that a restart finds all of them."""
+    flush_s: float = Field(default=2.0, ge=0)
+    """On a clean end, how long pages of the arena may still be written to free slots on disk."""
+    high_watermark: float = Field(default=0.95, gt=0, le=1)
+    """Share of the arena's slots in use above which unpinned pages move to disk."""
+    low_watermark: float = Field(default=0.85, ge=0, lt=1)
+    """Share of the arena's slots in use at which moving to disk stops."""
+    promote_pages: int = Field(default=256, ge=0)
+    """Pages that one request may copy from disk to the arena before they are read; the others are
+    read where they lie."""
+    scrub_bytes_per_s: int = Field(default=64 << 20, ge=0)
+    """Rate at which held pages are checked in the background; 0 turns it off."""
+    scrub_pause_s: float = Field(default=600.0, gt=0)
+    """Pause between two rounds of the background check."""
     faults: bool = False
     """For tests: stores take the request `corrupt`, which flips bytes of a page they hold."""
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> StoreConfig:
+        if self.disk_dir is None:
+            for name, wants in (("disk_bytes", self.disk_bytes), ("disk_write", self.disk_write)):
+                if wants not in (0, "demote"):
+                    raise ValueError(f"store.{name} ({wants}) needs store.disk_dir")
+        elif not self.disk_bytes:
+            raise ValueError(f"store.disk_dir ({self.disk_dir}) needs store.disk_bytes")
+        if self.low_watermark >= self.high_watermark:
+            raise ValueError(
+                f"store.low_watermark ({self.low_watermark}) must be below store.high_watermark "
+                f"({self.high_watermark})"
+            )
+        return self
 
 
 class RetrieverConfig(_Section):
@@ -173,6 +210,7 @@ class Config(_Section):
     retriever: RetrieverConfig = RetrieverConfig()
     gateway: GatewayConfig = GatewayConfig()
     cluster: ClusterConfig = ClusterConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -192,7 +230,17 @@ class Config(_Section):
                     f"attention.policies.{i}.tail ({policy.tail}) must divide cache.page_tokens "
                     f"({self.cache.page_tokens})"
                 )
+        self._check_faults()
         return self
+
+    def _check_faults(self) -> None:
+        counts = {"store": self.store, "worker": self.worker, "retriever": self.retriever}
+        self.faults.check_parts(f"{k}-{i}" for k, c in counts.items() for i in range(c.count))
+        if self.faults.pause and self.cluster.wiring == "ray" and self.cluster.ray_address:
+            raise ValueError(
+                "faults.pause needs the parts' processes on this machine; with "
+                "cluster.ray_address they may be anywhere: use faults.kill"
+            )
 
 
 def _nearest(path: tuple[str | int, ...]) -> str:

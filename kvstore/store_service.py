@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.clock import Clock, SystemClock
+from ..core.config import StoreConfig
 from ..core.errors import Draining, FailedPrecondition, InvalidInput, LongreachError, NotFound
 from ..core.page_key import PageKey, RecipeFingerprint
 from .arena import Arena, sweep
@@ -82,7 +83,9 @@ class StoreService:
         *,
         faults: bool = False,
         clock: Clock | None = None,
+        config: StoreConfig | None = None,
     ) -> None:
+        """config: the tiers' settings; none takes their defaults (no disk)."""
         self.store_id = store_id
         self.node_id = node_id
         self.geometry = geometry
@@ -324,7 +327,8 @@ class StoreService:
         return Reply({"state": state, "incarnation": self.incarnation})
 
     def _corrupt(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
-        """Flips every bit of one byte of a held page's leaf."""
+        """Flips every bit of one byte of a held page's leaf; or, given `share`, the one bit at this
+        share (0 to 1) of the page's bits."""
         if not self._faults:
             raise FailedPrecondition("fault injection is not enabled on this store")
         (key,), leaf = _keys({"keys": [header.get("key")]}), int(header.get("leaf", 0))
@@ -332,6 +336,9 @@ class StoreService:
             page = self._shard.find(key)
             if page is None:
                 raise NotFound(f"store {self.store_id} does not hold page {key.hex()[:16]}")
-            at = leaf * self.geometry.leaf_nbytes + int(header.get("byte", 0))
-            self._arena.slots[page.slot][at] ^= 0xFF
+            at, bits = leaf * self.geometry.leaf_nbytes + int(header.get("byte", 0)), 0xFF
+            if "share" in header:
+                bit = int(float(header["share"]) * (8 * self.geometry.page_nbytes - 1))
+                at, bits = bit // 8, 1 << bit % 8
+            self._arena.slots[page.slot][at] ^= bits
         return Reply({"slot": page.slot})
