@@ -234,8 +234,12 @@ class Config(_Section):
         return self
 
     def _check_faults(self) -> None:
-        counts = {"store": self.store, "worker": self.worker, "retriever": self.retriever}
-        self.faults.check_parts(f"{k}-{i}" for k, c in counts.items() for i in range(c.count))
+        counts = {
+            "store": self.store.count,
+            "worker": self.worker.count,
+            "retriever": self.retriever.count,
+        }
+        self.faults.check_parts(f"{kind}-{i}" for kind, n in counts.items() for i in range(n))
         if self.faults.pause and self.cluster.wiring == "ray" and self.cluster.ray_address:
             raise ValueError(
                 "faults.pause needs the parts' processes on this machine; with "

@@ -25,7 +25,7 @@ from .rpc_frames import (
     parse_header,
     parse_tag,
 )
-from .transport import Reply, Service
+from .transport import Reply, Service, Unanswered
 
 logger = logging.getLogger(__name__)
 Peer = TypeVar("Peer", bound=Hashable)
@@ -169,6 +169,8 @@ class RpcServer(Generic[Peer]):
                 # nobody waits any more for a call that stood in the queue for too long
                 if time.monotonic() < deadline_s:
                     self._send(peer, self._answer(request_id, header, frames))
+            except Unanswered:
+                pass
             except Exception as exc:
                 self._send(peer, fail_frames(request_id, _logged(exc, header)))
             finally:
@@ -228,6 +230,8 @@ class RpcServer(Generic[Peer]):
                     break
                 if not stream.cancelled:
                     self._send(peer, _reply_frames(request_id, reply))
+        except Unanswered:
+            pass
         except Exception as exc:
             last = fail_frames(request_id, _logged(exc, header))
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from ..core.page_key import PageKey, RecipeFingerprint
 from .arena import Arena
 from .client_memory import ClientMemory
 from .page import Bytes, Checksums, PageGeometry, checksums_from_wire, checksums_to_wire
-from .transport import Buffer, Reply, connect
+from .transport import Buffer, Channel, Reply, connect
 
 logger = logging.getLogger(__name__)
 
+WrapChannel = Callable[[str, Channel], Channel]
+"""Puts something around the channel to the store of this id (fault injection)."""
 COOL_DOWN_S = 2.0
 MAX_COOL_DOWN_S = 30.0
 HELLO_TIMEOUT_S = 2.0
@@ -66,6 +68,7 @@ class StoreLink:
         timeout_s: float,
         force_wire: bool,
         clock: Clock,
+        wrap_channel: WrapChannel | None = None,
     ) -> None:
         self.store_id = store_id
         self.address = address
@@ -76,7 +79,8 @@ class StoreLink:
         self._timeout_s = timeout_s
         self._force_wire = force_wire
         self._clock = clock
-        self._channel = connect(address)
+        channel = connect(address)
+        self._channel = wrap_channel(store_id, channel) if wrap_channel else channel
         self._hello: _Hello | None = None
         self._hello_lock = threading.Lock()
         self._down_until_s = float("-inf")

@@ -33,6 +33,11 @@ class Reply(NamedTuple):
     buffers: Sequence[Buffer] = ()
 
 
+class Unanswered(Exception):
+    """Raised by a service, or by its stream, that leaves its caller without an answer (fault
+    injection): nothing is sent, as if the message was lost."""
+
+
 class Service(Protocol):
     """What a server answers with. Called from many threads at once."""
 
