@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 import typer
 
 from ..core.config import Config, load_config
+from ..core.fault_config import chaos_options
+from .chaos import RECORD_NAME, Chaos
 from .cli_base import ConfigFiles, Sets, err, out, with_overrides
-from .runtime import Runtime
+from .runtime import Runtime, part_ids
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,13 @@ def serve(
         bool,
         typer.Option(help="Leave the parts running at the end; the next serve adopts them."),
     ] = False,
+    chaos: Annotated[
+        str | None,
+        typer.Option(
+            help="Inject faults on purpose: a YAML file with a `faults` section, or for example "
+            "seed=7,kill=store:20s,pause=worker:30s/2s,drop=0.01,delay=0.05:50ms,corrupt=0.01"
+        ),
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="Of the log on stderr.")
     ] = "warning",
@@ -44,8 +53,9 @@ def serve(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    files, sets = chaos_options(chaos)
     tree = with_overrides(
-        load_config(config, set_),
+        load_config([*config, *files], [*set_, *sets]),
         cluster={"wiring": wiring},
         gateway={"port": port, "state_dir": str(state_dir) if state_dir else None},
     )
@@ -73,6 +83,7 @@ def run(config: Config, runtime: Runtime, *, keep_parts: bool = False) -> int:
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     stopping = threading.Event()
     gateway = Gateway(config, runtime)
+    chaos: Chaos | None = None
     n_running = 0
     try:
         _on_signals(_interrupt)
@@ -84,6 +95,11 @@ def run(config: Config, runtime: Runtime, *, keep_parts: bool = False) -> int:
             stopping.set()
 
         _on_signals(on_signal)
+        if config.faults.strikes:
+            parts = [part_id for ids in part_ids(config).values() for part_id in ids]
+            record = Path(config.gateway.state_dir) / RECORD_NAME
+            chaos = Chaos(config.faults, runtime, parts, record)
+            chaos.start()
         out.print(f"serving at {address}", soft_wrap=True)
         out.print(f"state in {Path(config.gateway.state_dir).resolve()}", soft_wrap=True)
         while not stopping.wait(1.0):
@@ -92,6 +108,8 @@ def run(config: Config, runtime: Runtime, *, keep_parts: bool = False) -> int:
         err.print(f"draining for at most {timeout_s:.0f} s; a second signal ends at once")
         n_running = gateway.drain(timeout_s)
     finally:
+        if chaos is not None:
+            chaos.stop()
         gateway.stop(keep_parts=keep_parts)
         for signum, handler in before.items():
             signal.signal(signum, handler)

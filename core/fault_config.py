@@ -151,9 +151,9 @@ class FaultsConfig(_Faults):
 
     @property
     def in_parts(self) -> bool:
-        """Whether stores, workers and retrievers have faults of their own."""
+        """Whether a shell is put around stores, workers and retrievers."""
         return self.of_disks or any(
-            (self.drop, self.lose_answer, self.delay, self.cut, self.corrupt)
+            (self.pause, self.drop, self.lose_answer, self.delay, self.cut, self.corrupt)
         )
 
     @property
