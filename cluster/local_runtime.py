@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.config import Config
 from ..core.errors import FailedPrecondition
+from ..kvstore.membership import Membership
 from ..kvstore.serving import builder
 from ..kvstore.transport import Channel, Server, Service, serve
 from .parts import Parts
@@ -34,7 +35,7 @@ class LocalRuntime:
         self._servers: dict[str, Server] = {}
         self._kinds: dict[str, PartKind] = {}
         self._lock = threading.RLock()
-        self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s)
+        self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s, config.store)
         self._started = False
         self._geometry: dict[str, Any] = {}
 
@@ -59,6 +60,18 @@ class LocalRuntime:
 
     def worker_failed(self, worker_id: str) -> None:
         self._supervisor.fail(worker_id)
+
+    def stores(self) -> dict[str, Channel]:
+        return self._supervisor.live("store")
+
+    def membership(self) -> Membership:
+        return self._supervisor.membership()
+
+    def drain_store(self, store_id: str) -> Membership:
+        return self._supervisor.drain_store(store_id)
+
+    def pid(self, part_id: str) -> int | None:
+        return None
 
     def stats(self) -> dict[str, dict[str, Any]]:
         return self._supervisor.stats()

@@ -31,6 +31,7 @@ from ..core.errors import (
     Unavailable,
 )
 from ..kvstore.arena import sweep
+from ..kvstore.membership import Membership
 from ..kvstore.serving import builder
 from ..kvstore.store_actor import StoreActor
 from ..kvstore.transport import Channel
@@ -52,6 +53,7 @@ _ACTORS: dict[PartKind, type] = {
 }
 _CPUS: dict[PartKind, float] = {"store": 0.1, "retriever": 0.1, "worker": 1.0}
 """Logical CPUs: they place decode workers, threads are bounded by model.n_threads."""
+_ZONE_LABELS = ("topology.kubernetes.io/zone", "ray.io/availability-zone")
 _HEALTH_TIMEOUT_S = 10.0
 _DRAIN_S = 2.0
 _STOP_TIMEOUT_S = 20.0
@@ -70,9 +72,10 @@ class RayRuntime:
         needed = math.ceil(sum(_CPUS[kind] for kind in self._kinds.values()))
         self._head = RayHead(config.cluster, Path(state_dir), max(config.cluster.num_cpus, needed))
         self._own_head = config.cluster.ray_address is None
-        self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s)
+        self._supervisor = Supervisor(self, config.gateway.heartbeat_timeout_s, config.store)
         self._create_lock = threading.Lock()
         self._geometry: dict[str, Any] = {}
+        self._zones: dict[str, str] = {}  # by node id
         self._connected = False
         self._stopped = False
 
@@ -105,6 +108,18 @@ class RayRuntime:
 
     def worker_failed(self, worker_id: str) -> None:
         self._supervisor.fail(worker_id)
+
+    def stores(self) -> dict[str, Channel]:
+        return self._supervisor.live("store")
+
+    def membership(self) -> Membership:
+        return self._supervisor.membership()
+
+    def drain_store(self, store_id: str) -> Membership:
+        return self._supervisor.drain_store(store_id)
+
+    def pid(self, part_id: str) -> int | None:
+        return self._supervisor.pid(part_id)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         return self._supervisor.stats()
@@ -143,7 +158,17 @@ class RayRuntime:
             ray.kill(actor, no_restart=True)
             raise Unavailable(f"{part_id} ran with another configuration and is replaced")
         pid = int(health["pid"]) if self._own_head else None
-        return Located(str(address), pid, str(health["node_id"]))
+        node_id = str(health["node_id"])
+        return Located(str(address), pid, node_id, self._zone_of(node_id))
+
+    def _zone_of(self, node_id: str) -> str:
+        """The zone that a node is labelled with, or none. Asked once a node: labels do not change."""
+        if node_id not in self._zones:
+            nodes = {str(node["NodeID"]): node.get("Labels") or {} for node in ray.nodes()}
+            labels = nodes.get(node_id, {})
+            found = [str(labels[label]) for label in _ZONE_LABELS if labels.get(label)]
+            self._zones[node_id] = found[0] if found else ""
+        return self._zones[node_id]
 
     def restart(self, part_id: str) -> None:
         """Part of PartHost: kill the process; Ray starts the actor again."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from ..core.config import Config
 from ..core.errors import LongreachError
+from ..kvstore.membership import Membership
 from ..kvstore.transport import Channel
 
 PartKind = Literal["store", "retriever", "worker"]
@@ -14,7 +15,7 @@ PartKind = Literal["store", "retriever", "worker"]
 PING_TIMEOUT_S = 2.0
 """Deadline of one health request to a part."""
 NOTIFY_TIMEOUT_S = 5.0
-"""Deadline of one membership or epoch message to a worker."""
+"""Deadline of one membership or epoch message to a part."""
 
 
 class Runtime(Protocol):
@@ -33,6 +34,27 @@ class Runtime(Protocol):
         """The caller saw this worker die: it leaves `workers()` until it answers again."""
         ...
 
+    def stores(self) -> dict[str, Channel]:
+        """Live stores by id. The channel changes when a store came back elsewhere."""
+        ...
+
+    def membership(self) -> Membership:
+        """The stores as they are placed on now; one lost a moment ago is still among them."""
+        ...
+
+    def drain_store(self, store_id: str) -> Membership:
+        """Mark a store as draining: its pages move to the others (its `repair_status` says when they
+        have). Again is nothing new. Raises NotFound, FailedPrecondition for the last one left."""
+        ...
+
+    def pid(self, part_id: str) -> int | None:
+        """The part's process; None if it is not one of its own on this machine."""
+        ...
+
+    def restart(self, part_id: str) -> None:
+        """End a part, whatever it does now; it is brought up anew."""
+        ...
+
     def stats(self) -> dict[str, dict[str, Any]]:
         """Per part id: kind, state, address, node_id, restarts, and the part's own numbers."""
         ...
@@ -44,11 +66,13 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Located:
-    """Where a part is now. `pid` is None where its process is not on this machine."""
+    """Where a part is now. `pid` is None where its process is not on this machine, `zone` empty where
+    its node has no label."""
 
     address: str
     pid: int | None = None
     node_id: str = ""
+    zone: str = ""
 
 
 def part_ids(config: Config) -> dict[PartKind, list[str]]:

@@ -93,7 +93,14 @@ class StoreConfig(_Section):
     count: int = Field(default=2, gt=0)
     """Store shards."""
     replicas: int = Field(default=2, gt=0)
-    """Copies of each page, on different stores."""
+    """Copies of each page, on different stores; in different zones and on different nodes if possible."""
+    zone: str = ""
+    """Where the stores are, as far as one failure reaches. A Ray node's own label
+    (`topology.kubernetes.io/zone` or `ray.io/availability-zone`) wins."""
+    repair_delay_s: float = Field(default=5.0, ge=0)
+    """How long a lost store may take to come back before its pages are copied elsewhere."""
+    repair_bytes_per_s: int = Field(default=128 << 20, gt=0)
+    """Bytes of pages that each store may copy to others in a second, to repair or to move them."""
     capacity_bytes: int = Field(default=4 << 30, gt=0)
     """Bytes of page slots per store shard."""
     lease_s: float = Field(default=600.0, gt=0)

@@ -12,9 +12,11 @@ from ..core.errors import DeadlineExceeded, InvalidInput, LongreachError, Unavai
 from ..core.page_key import PageKey, RecipeFingerprint
 from .client_memory import ClientMemory, PageHandle
 from .client_rows import PrivatePages, Row, RowTable
+from .membership import Membership
 from .page import Bytes, PageGeometry
 from .page_loader import PageLoader
 from .page_storer import PageStorer
+from .store_link import WrapChannel
 from .store_pool import Counters, StorePool
 
 __all__ = ["PageClient", "PageHandle"]
@@ -25,7 +27,6 @@ N_CALL_THREADS = 8
 MAX_WAITING_STORES = 64
 """Pages whose store may be waiting or running; more make `store` wait."""
 MAINTENANCE_S = 2.0
-REPAIRS_PER_ROUND = 16
 
 
 class PageClient:
@@ -39,7 +40,7 @@ class PageClient:
 
     def __init__(
         self,
-        channels: Mapping[str, str],
+        channels: Mapping[str, str] | Membership,
         geometry: PageGeometry,
         recipe: RecipeFingerprint,
         replicas: int,
@@ -50,8 +51,9 @@ class PageClient:
         *,
         force_wire: bool = False,
         clock: Clock | None = None,
+        wrap_channel: WrapChannel | None = None,
     ) -> None:
-        """channels: address of each store by its id. owner: unique among the clients of the
+        """channels: the stores, or only their addresses by id. owner: unique among the clients of the
         stores; a store frees all pins of `owner` on `release` with prefix. force_wire: treat every
         store as if it were on another node."""
         if replicas < 1:
@@ -61,7 +63,9 @@ class PageClient:
         self._timeout_s = timeout_s
         self._clock = clock or SystemClock()
         self._memory = ClientMemory(geometry)
-        self._pool = StorePool(self._memory, node_id, timeout_s, force_wire, self._clock)
+        self._pool = StorePool(
+            self._memory, node_id, timeout_s, force_wire, self._clock, wrap_channel
+        )
         self._rows = RowTable(owner)
         self._private = PrivatePages(self._memory)
         self._counters = Counters()
@@ -201,19 +205,14 @@ class PageClient:
             except LongreachError as exc:
                 logger.info("touch: %s", exc.message)
 
-    def update_stores(self, addresses: Mapping[str, str]) -> None:
-        """The stores are these now: a store died, came back at another address, or joined."""
-        self._pool.update(addresses)
-
-    def repair(self, max_pages: int = REPAIRS_PER_ROUND) -> int:
-        """Copies under-replicated pages of this client to further stores. Also done in the
-        background. Returns how many now have all their copies."""
-        return self._storer.repair(max_pages)
+    def update_stores(self, stores: Membership | Mapping[str, str]) -> None:
+        """The stores are these now: a store died, came back at another address, drains or joined.
+        A membership older than the last is ignored; addresses alone mean stores of equal weight."""
+        self._pool.update(stores)
 
     def stats(self) -> dict[str, int | float]:
         return {
             **self._counters.snapshot(),
-            "under_replicated": self._storer.n_under_replicated(),
             "store_failures": self._pool.n_failures(),
             "stores_live": len(self._pool.live()),
             "rows": len(self._rows.names()),
@@ -264,7 +263,6 @@ class PageClient:
                     next_renewal_s = self._clock.monotonic_s() + renew_every_s
                     self._renew()
                 self._pool.release_again()
-                self._storer.repair(REPAIRS_PER_ROUND)
             except Exception:
                 logger.exception("page maintenance failed; it goes on")
 

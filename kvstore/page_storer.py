@@ -1,9 +1,8 @@
-"""Writing pages behind the computation: replicas in order of preference, repair of missing ones."""
+"""Writing pages behind the computation: replicas in order of preference."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,13 +43,11 @@ class PageStorer:
         self._recipe = recipe
         self._replicas = replicas
         self._lease_s = lease_s
-        self._repairs: dict[PageKey, PageKey] = {}  # key -> parent key
-        self._lock = threading.Lock()
 
     def store(self, key: PageKey, parent_key: PageKey, page: Bytes, row: Row) -> PageHandle:
         """Returns when min(replicas, live stores) hold the page; stores that are full or fail in
-        the middle are replaced by the next in order, and a page with fewer copies than `replicas`
-        goes on the repair list. Raises the last store's error if none took it."""
+        the middle are replaced by the next in order. The stores themselves see to copies that are
+        missing then (repairer.py). Raises the last store's error if none took it."""
         announced = page_checksums(page, self._memory.geometry)
         copies = list(self._replicate(key, parent_key, announced, page, row))
         mapped = [(link, copy) for link, copy in copies if copy.memory is not None]
@@ -61,57 +58,9 @@ class PageStorer:
             self._rows.note(row, handle, link)
         else:
             handle = self._keep_private(key, page, *copies[0], row)
-        self._counters.add(pages_stored=1)
-        with self._lock:
-            if len(copies) < self._replicas:
-                self._repairs[key] = parent_key
-            else:
-                self._repairs.pop(key, None)
+        short = len(copies) < self._replicas
+        self._counters.add(pages_stored=1, pages_under_replicated=int(short))
         return handle
-
-    def n_under_replicated(self) -> int:
-        with self._lock:
-            return len(self._repairs)
-
-    def repair(self, max_pages: int) -> int:
-        """Copies pages of the repair list to stores that lack them. Returns pages made whole."""
-        with self._lock:
-            waiting = list(self._repairs.items())[:max_pages]
-        if not waiting or len(self._pool.live()) < 2:
-            return 0
-        row = self._rows.enter("(repair)")
-        try:
-            handles = self._loader.load([key for key, _ in waiting], row)
-            n_whole = 0
-            for key, parent_key in waiting:
-                if self._repair_one(key, parent_key, handles.get(key), row):
-                    n_whole += 1
-            self._counters.add(pages_repaired=n_whole)
-            return n_whole
-        finally:
-            self._rows.remove("(repair)")
-            self._rows.leave(row)
-            self._pool.release(row.pinned_at, row.owner)
-            self._private.release(row.owner)
-
-    def _repair_one(
-        self, key: PageKey, parent_key: PageKey, handle: PageHandle | None, row: Row
-    ) -> bool:
-        if handle is None:  # gone everywhere: it will be computed and stored again
-            with self._lock:
-                self._repairs.pop(key, None)
-            return False
-        page = self._bytes_of(handle)
-        try:
-            n_copies = sum(1 for _ in self._replicate(key, parent_key, handle.checksums, page, row))
-        except LongreachError as exc:
-            logger.info("page %s stays on the repair list: %s", key.hex()[:16], exc.message)
-            return False
-        with self._lock:
-            if n_copies >= self._replicas:
-                self._repairs.pop(key, None)
-                return True
-        return False
 
     def _replicate(
         self, key: PageKey, parent_key: PageKey, checksums: Checksums, page: Bytes, row: Row

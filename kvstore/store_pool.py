@@ -12,8 +12,9 @@ from ..core.clock import Clock
 from ..core.errors import LongreachError
 from ..core.page_key import PageKey
 from .client_memory import ClientMemory
-from .placement import rendezvous
-from .store_link import StoreLink
+from .membership import Membership
+from .placement import rank
+from .store_link import StoreLink, WrapChannel
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ COUNTERS = (
     "replica_reads",
     "duplicate_stores",
     "mismatched_duplicates",
-    "pages_repaired",
+    "pages_under_replicated",
     "leases_lost",
 )
 
@@ -57,14 +58,21 @@ class StorePool:
     timeout_s: float
     force_wire: bool
     clock: Clock
+    wrap_channel: WrapChannel | None = None
     links: dict[str, StoreLink] = field(default_factory=dict)
+    membership: Membership = field(default_factory=lambda: Membership(0))
     _n_failures_before: int = 0
     _unreleased: list[tuple[StoreLink, str]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def update(self, addresses: Mapping[str, str]) -> None:
-        """The stores are these now. A store whose address is unchanged keeps its link."""
+    def update(self, stores: Membership | Mapping[str, str]) -> None:
+        """The stores are these now; a membership older than the last is ignored, addresses alone
+        mean stores of equal weight. A store whose address is unchanged keeps its link."""
         with self._lock:
+            if not isinstance(stores, Membership):
+                stores = Membership.of(stores, self.membership.epoch)
+            if stores.epoch < self.membership.epoch:
+                return
             before = self.links
             self.links = {
                 store_id: before[store_id]
@@ -77,9 +85,11 @@ class StorePool:
                     self.timeout_s,
                     self.force_wire,
                     self.clock,
+                    self.wrap_channel,
                 )
-                for store_id, address in addresses.items()
+                for store_id, address in stores.addresses().items()
             }
+            self.membership = stores
             gone = [link for link in before.values() if link not in self.links.values()]
             self._n_failures_before += sum(link.n_failures for link in gone)
             self._unreleased = [(link, o) for link, o in self._unreleased if link not in gone]
@@ -95,8 +105,9 @@ class StorePool:
         return self.live() or dict(self.links)
 
     def rank(self, key: PageKey, links: Mapping[str, StoreLink]) -> list[StoreLink]:
-        """All of these stores in the key's order of preference."""
-        return [links[store_id] for store_id in rendezvous(key, links, len(links))]
+        """All of these stores in the key's order of preference; those that left meanwhile last."""
+        ranked = rank(key, [member for member in self.membership if member.store_id in links])
+        return [links[i] for i in ranked] + [links[i] for i in links if i not in ranked]
 
     def release(self, links: Iterable[StoreLink], owner: str) -> None:
         """Frees an owner's pins; what cannot be told now is told later."""

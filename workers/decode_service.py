@@ -16,6 +16,8 @@ from ..core.config import Config
 from ..core.errors import InvalidInput, StaleEpoch
 from ..core.page_key import PageKey
 from ..kernels.ops import warm_up
+from ..kvstore.faults import channel_faults
+from ..kvstore.membership import Membership
 from ..kvstore.page_client import PageClient
 from ..kvstore.transport import Reply
 from .engine import Engine
@@ -70,6 +72,7 @@ class DecodeService:
             timeout_s=config.store.timeout_s,
             node_id=node_id,
             owner=f"{worker_id}/{uuid.uuid4().hex[:8]}",
+            wrap_channel=channel_faults(config.faults, worker_id),
         )
         self._client.release_former(f"{worker_id}/")
         policies = policies_of(config, geometry.n_layers)
@@ -168,8 +171,8 @@ class DecodeService:
         return Reply({"held": held})
 
     def _do_stores(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
-        """Where stores and retrievers are now: one died, came back or joined."""
-        self._client.update_stores({str(k): str(v) for k, v in header["addresses"].items()})
+        """Which stores and retrievers there are now: one died, came back, drains or joined."""
+        self._client.update_stores(Membership.from_wire(header["membership"]))
         retrievers = {str(k): str(v) for k, v in header.get("retrievers", {}).items()}
         act = functools.partial(self._engine.update_retrievers, retrievers)
         self._loop.run(act, self._config.store.timeout_s)

@@ -34,7 +34,9 @@ class FakeService:
             self.epoch = header["epoch"]
         elif method == "stores":
             with self._lock:
-                self.known = {**self.known, **header}
+                members = header["membership"]["members"]
+                addresses = {member["store_id"]: member["address"] for member in members}
+                self.known = {**self.known, **header, "addresses": addresses}
         elif method == "count":
             return (Reply({"n": n}) for n in range(header["n"]))
         return Reply(

@@ -102,7 +102,7 @@ def test_a_dead_store_in_the_middle(pair: Stores, force_wire: bool) -> None:
     assert client.lookup([key_of(i) for i in range(20)]) == [True] * 20
     assert client.stats()["store_failures"] >= 1
     check(client, put(client, [30]), 30)
-    assert client.stats()["under_replicated"] == 1
+    assert client.stats()["pages_under_replicated"] == 1
     client.update_stores(pair.addresses)
     check(client, take(client, range(20), "new row"))
     client.close()
