@@ -130,7 +130,11 @@ class PageStorer:
             return link.store(*arguments)
         except PageCorrupt:  # damaged on the way: once more
             self._counters.add(corrupt_detected=1)
+        try:
             return link.store(*arguments)
+        except PageCorrupt:
+            self._counters.add(corrupt_detected=1)
+            raise
 
     def _bytes_at(self, link: StoreLink, key: PageKey, copy: Copy, row: Row) -> Bytes | None:
         """The bytes of the copy that won; None if they are corrupt or cannot be reached."""
