@@ -106,7 +106,14 @@ class StoreConfig(_Section):
     lease_s: float = Field(default=600.0, gt=0)
     """Longest time a page stays pinned for an owner that does not renew."""
     timeout_s: float = Field(default=20.0, gt=0)
-    """Deadline of one call to a store."""
+    """Deadline of one call to a store, and of one batch of pages from several."""
+    hedge: bool = True
+    """Ask a replica as well when a store falls silent for longer than it usually does; at most one
+    request in ten."""
+    write_behind_bytes: int = Field(default=256 << 20, gt=0)
+    """Pages of a worker whose store may be under way, in bytes; more make prefill wait."""
+    prefetch_bytes: int = Field(default=64 << 20, ge=0)
+    """Pages that a worker may fetch for rows that wait to be admitted, in bytes; 0 fetches none."""
     arena_dir: str = "/dev/shm"
     """Directory of the shared-memory arena files."""
     disk_dir: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..core.page_key import PageKey
@@ -20,6 +21,8 @@ class Row:
     owner: str
     handles: dict[PageKey, PageHandle] = field(default_factory=dict)
     pinned_at: set[StoreLink] = field(default_factory=set)
+    hooks: set[Callable[[], None]] = field(default_factory=set)
+    """Called when the row is released: they end what still fetches for it."""
     n_users: int = 0
     released: bool = False
     lost: bool = False
@@ -27,7 +30,7 @@ class Row:
 
 class RowTable:
     """Thread-safe. A row that is released while calls on it are running is cleaned up by the last
-    of them."""
+    of them; those that can be cancelled are."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -59,7 +62,30 @@ class RowTable:
             if row is None:
                 return None
             row.released = True
-            return None if row.n_users and not force else row
+            hooks = list(row.hooks)
+            busy = bool(row.n_users) and not force
+        for hook in hooks:  # without the lock: a hook may wait for one that a user of it holds
+            hook()
+        return None if busy else row
+
+    def cancel_all(self) -> None:
+        """Ends what can be ended of every row; the rows stay."""
+        with self._lock:
+            hooks = [hook for row in self._rows.values() for hook in row.hooks]
+        for hook in hooks:
+            hook()
+
+    def on_release(self, row: Row, hook: Callable[[], None]) -> None:
+        """Calls the hook when the row is released, at once if it was already."""
+        with self._lock:
+            row.hooks.add(hook)
+            released = row.released
+        if released:
+            hook()
+
+    def forget_hook(self, row: Row, hook: Callable[[], None]) -> None:
+        with self._lock:
+            row.hooks.discard(hook)
 
     def note(self, row: Row, handle: PageHandle, link: StoreLink | None) -> None:
         """The row holds this page, pinned at that store (None: a private copy)."""
@@ -134,6 +160,17 @@ class PrivatePages:
                 self._memory.give_back_private(memory, slot)
             page.owners.add(owner)
             return page.handle
+
+    def let_go(self, key: PageKey, owner: str) -> None:
+        """One owner needs one page no more."""
+        with self._lock:
+            page = self._pages.get(key)
+            if page is None:
+                return
+            page.owners.discard(owner)
+            if not page.owners:
+                del self._pages[key]
+                self._free(page)
 
     def spoil(self, handle: PageHandle) -> None:
         """The bytes went bad: nobody else gets this copy; its slot is free when its rows are."""

@@ -266,6 +266,9 @@ class _CutStream:
     def close(self) -> None:
         self._stream.close()
 
+    def cancel(self) -> None:
+        self._stream.cancel()
+
 
 class DiskFaults:
     """What a disk tier calls before it touches a slot: raises OSError, or sleeps."""

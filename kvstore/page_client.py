@@ -10,10 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ..core.clock import Clock, SystemClock
 from ..core.errors import DeadlineExceeded, InvalidInput, LongreachError, Unavailable
 from ..core.page_key import PageKey, RecipeFingerprint
+from .byte_budget import ByteBudget
 from .client_memory import ClientMemory, PageHandle
 from .client_rows import PrivatePages, Row, RowTable
+from .hedge import Hedging
 from .membership import Membership
 from .page import Bytes, PageGeometry
+from .page_fetch import FetchParts
 from .page_loader import PageLoader
 from .page_storer import PageStorer
 from .store_link import WrapChannel
@@ -23,9 +26,9 @@ __all__ = ["PageClient", "PageHandle"]
 logger = logging.getLogger(__name__)
 
 N_STORE_THREADS = 4
-N_CALL_THREADS = 8
-MAX_WAITING_STORES = 64
-"""Pages whose store may be waiting or running; more make `store` wait."""
+N_CALL_THREADS = 32
+"""At most; a share of a batch that waits for a silent store keeps one."""
+WRITE_BEHIND_BYTES = 256 << 20
 MAINTENANCE_S = 2.0
 
 
@@ -52,10 +55,14 @@ class PageClient:
         force_wire: bool = False,
         clock: Clock | None = None,
         wrap_channel: WrapChannel | None = None,
+        hedge: bool = True,
+        write_behind_bytes: int = WRITE_BEHIND_BYTES,
     ) -> None:
         """channels: the stores, or only their addresses by id. owner: unique among the clients of the
-        stores; a store frees all pins of `owner` on `release` with prefix. force_wire: treat every
-        store as if it were on another node."""
+        stores; a store frees all pins of `owner` on `release` with prefix. timeout_s: of one call, and
+        of one batch of pages. force_wire: treat every store as if it were on another node. hedge: ask
+        a replica too when a store is silent for long. write_behind_bytes: pages whose store may be
+        waiting or running; more make `store` wait."""
         if replicas < 1:
             raise InvalidInput(f"replicas must be at least 1, got {replicas}")
         self.geometry = geometry
@@ -72,8 +79,8 @@ class PageClient:
         # two pools: a store may wait for a load's calls, never the other way round
         self._calls = ThreadPoolExecutor(N_CALL_THREADS, "page-call")
         self._stores = ThreadPoolExecutor(N_STORE_THREADS, "page-store")
-        self._store_slots = threading.BoundedSemaphore(MAX_WAITING_STORES)
-        self._loader = PageLoader(
+        self._writing = ByteBudget(write_behind_bytes)
+        parts = FetchParts(
             self._pool,
             self._memory,
             self._rows,
@@ -82,7 +89,9 @@ class PageClient:
             recipe,
             lease_s,
             self._calls,
+            Hedging(hedge),
         )
+        self._loader = PageLoader(parts, replicas, timeout_s)
         self._storer = PageStorer(
             self._pool,
             self._memory,
@@ -107,11 +116,17 @@ class PageClient:
         """Which pages at least one live store holds. Stores that do not answer count as empty."""
         return self._loader.lookup(keys) if keys else []
 
-    def acquire(self, keys: Sequence[PageKey], row: str) -> list[PageHandle | None]:
-        """Pins pages for a row and checks every leaf. None: no store has a good copy; recompute."""
+    def acquire(
+        self, keys: Sequence[PageKey], row: str, timeout_s: float | None = None
+    ) -> list[PageHandle | None]:
+        """Pins pages for a row and checks every leaf. keys: those needed first in front. None: no good
+        copy came within timeout_s (the client's if None); recompute.
+
+        Raises Cancelled if another thread releases the row meanwhile.
+        """
         state = self._enter(row)
         try:
-            found = self._loader.load(keys, state)
+            found = self._loader.load(keys, state, timeout_s, cancellable=True)
             self._counters.add(pages_loaded=len(found))
             return [found.get(key) for key in keys]
         finally:
@@ -122,16 +137,16 @@ class PageClient:
         handle on the stored bytes, pinned for the row; if another writer was first, those are its
         bytes. page: uint8 [page_nbytes], contiguous, unchanged until then.
 
-        Waits while MAX_WAITING_STORES pages are under way, then raises DeadlineExceeded. The
-        future raises StoreFull or StoreUnreachable if no store took the page.
+        Waits while write_behind_bytes are under way, then raises DeadlineExceeded. The future
+        raises StoreFull or StoreUnreachable if no store took the page.
         """
         if page.nbytes != self.geometry.page_nbytes or not page.flags.c_contiguous:
             raise InvalidInput(
                 f"a page is {self.geometry.page_nbytes} contiguous bytes, got {page.nbytes}"
             )
-        if not self._store_slots.acquire(timeout=self._timeout_s):
+        if not self._writing.take(page.nbytes, self._timeout_s):
             raise DeadlineExceeded(
-                f"{MAX_WAITING_STORES} pages are waiting to be stored and none was within "
+                f"{self._writing.used} bytes are waiting to be stored and no page was within "
                 f"{self._timeout_s:.0f} s; the stores are too slow or gone"
             )
         state = None
@@ -139,7 +154,7 @@ class PageClient:
             state = self._enter(row)
             return self._stores.submit(self._store, key, parent_key, page.reshape(-1), state)
         except BaseException:
-            self._store_slots.release()
+            self._writing.give_back(page.nbytes)
             if state is not None:
                 self._leave(state)
             raise
@@ -217,6 +232,7 @@ class PageClient:
             "stores_live": len(self._pool.live()),
             "rows": len(self._rows.names()),
             "private_pages": self._memory.n_private_used(),
+            "write_behind_bytes": self._writing.used,
         }
 
     def close(self) -> None:
@@ -224,6 +240,7 @@ class PageClient:
         if self._closing.is_set():
             return
         self._closing.set()
+        self._rows.cancel_all()
         self._stores.shutdown(wait=True, cancel_futures=True)
         self._keeper.join(timeout=self._timeout_s)
         for name in self._rows.names():
@@ -238,7 +255,7 @@ class PageClient:
         try:
             return self._storer.store(key, parent_key, page, state)
         finally:
-            self._store_slots.release()
+            self._writing.give_back(page.nbytes)
             self._leave(state)
 
     def _enter(self, row: str) -> Row:

@@ -1,202 +1,138 @@
-"""Fetching pages: from the nearest copy first, every leaf checked, bad copies reported, then the
-next replica."""
+"""Finding pages: what this client has already, then a fetch by plan from the stores (page_fetch.py)."""
 
 from __future__ import annotations
 
-import itertools
 import logging
+import time
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import wait
 
 import numpy as np
 
 from ..core.errors import LongreachError, StoreUnreachable
-from ..core.page_key import PageKey, RecipeFingerprint
-from .client_memory import ClientMemory, PageHandle
-from .client_rows import PrivatePages, Row, RowTable
+from ..core.page_key import PageKey
+from .client_memory import PageHandle
+from .client_rows import Row
 from .page import Checksums, page_checksums
-from .store_link import Copy, StoreLink
-from .store_pool import Counters, StorePool
+from .page_fetch import Fetch, FetchParts
+from .store_link import HELLO_TIMEOUT_S, StoreLink
 
 logger = logging.getLogger(__name__)
 
-SEARCH_WIDTH = 8
-"""Stores asked for a page, in its order of preference, before it counts as gone."""
-
 
 class PageLoader:
-    """Thread-safe; must not be called from the executor that it is given."""
+    """Thread-safe; must not be called from the executor of its parts."""
 
-    def __init__(
-        self,
-        pool: StorePool,
-        memory: ClientMemory,
-        rows: RowTable,
-        private: PrivatePages,
-        counters: Counters,
-        recipe: RecipeFingerprint,
-        lease_s: float,
-        executor: Executor,
-    ) -> None:
-        self._pool = pool
-        self._memory = memory
-        self._rows = rows
-        self._private = private
-        self._counters = counters
-        self._recipe = recipe
-        self._lease_s = lease_s
-        self._executor = executor
-        self._wire_numbers = itertools.count(1)
+    def __init__(self, parts: FetchParts, replicas: int, timeout_s: float) -> None:
+        self._parts = parts
+        self._replicas = replicas
+        self._timeout_s = timeout_s
 
     def lookup(self, keys: Sequence[PageKey]) -> list[bool]:
         """Whether any live store holds each page."""
-        links = self._pool.live()
+        links = self._parts.pool.live()
         held = np.zeros(len(keys), bool)
-        for future in [self._executor.submit(link.lookup, keys) for link in links.values()]:
+        submit = self._parts.executor.submit
+        for future in [submit(link.lookup, keys) for link in links.values()]:
             try:
                 held |= np.asarray(future.result(), bool)
             except StoreUnreachable as exc:
                 logger.info("lookup goes on without a store: %s", exc.message)
         return [bool(h) for h in held]
 
-    def load(self, keys: Sequence[PageKey], row: Row) -> dict[PageKey, PageHandle]:
-        """Pins and checks pages for a row. Keys without a good copy are left out."""
-        missing = list(dict.fromkeys(keys))
-        found = self._from_private(missing, row)
-        missing = [key for key in missing if key not in found]
-        links = self._greeted_links() if missing else {}
-        ranks = {key: self._near_first(self._pool.rank(key, links)) for key in missing}
-        tried_in_vain: set[PageKey] = set()
-        for attempt in range(min(len(links), SEARCH_WIDTH)):
-            by_link: dict[StoreLink, list[PageKey]] = {}
-            for key in missing:
-                by_link.setdefault(ranks[key][attempt], []).append(key)
-            futures = {
-                link: self._executor.submit(self._load_from, link, part, row)
-                for link, part in by_link.items()
-            }
-            for link, future in futures.items():
-                handles, bad = future.result()
-                n_after_failure = len(tried_in_vain.intersection(handles))
-                self._counters.add(replica_reads=n_after_failure)
-                tried_in_vain.update(bad)
-                found.update(handles)
-                logger.debug("%d of %d pages from %s", len(handles), len(by_link[link]), link)
-            missing = [key for key in missing if key not in found]
-            if not missing:
-                break
+    def load(
+        self,
+        keys: Sequence[PageKey],
+        row: Row,
+        timeout_s: float | None = None,
+        *,
+        cancellable: bool = False,
+        check: bool = True,
+    ) -> dict[PageKey, PageHandle]:
+        """Pins and checks pages for a row, those needed first in front, within one deadline. Keys
+        without a good copy are left out.
+
+        cancellable: the row's release ends it with Cancelled. check False: see Fetch.
+        """
+        deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        wanted = list(dict.fromkeys(keys))
+        found = self._from_private(wanted, row)
+        wanted = [key for key in wanted if key not in found]
+        if not wanted:
+            return found
+        links = self._greeted_links(deadline_s)
+        ranks = {
+            key: [link.store_id for link in self._parts.pool.rank(key, links)] for key in wanted
+        }
+        fetch = Fetch(
+            self._parts,
+            wanted,
+            ranks,
+            links,
+            row,
+            deadline_s,
+            n_replicas=self._replicas,
+            check=check,
+        )
+        self._run(fetch, row, found, cancellable)
         return found
 
     def fetch_private(self, link: StoreLink, key: PageKey, row: Row) -> PageHandle | None:
-        """One page of one store over the wire; None if it has no good copy."""
-        return self._load_wire(link, [key], row)[0].get(key)
+        """One page of one store; None if it has no good copy."""
+        deadline_s = time.monotonic() + self._timeout_s
+        ranks, links = {key: [link.store_id]}, {link.store_id: link}
+        return Fetch(self._parts, [key], ranks, links, row, deadline_s).run().get(key)
 
     def verify(self, memory: int, slot: int, checksums: Checksums) -> bool:
-        actual = page_checksums(self._memory.page(memory, slot), self._memory.geometry)
-        return bool(np.array_equal(actual, checksums))
+        pages = self._parts.memory
+        return bool(
+            np.array_equal(page_checksums(pages.page(memory, slot), pages.geometry), checksums)
+        )
 
-    def _greeted_links(self) -> dict[str, StoreLink]:
-        """Live stores; those not met before are greeted, to know which are on this node."""
-        links = self._pool.live_or_all()
+    def _run(
+        self, fetch: Fetch, row: Row, found: dict[PageKey, PageHandle], cancellable: bool
+    ) -> None:
+        if not cancellable:
+            found.update(fetch.run())
+            return
+        self._parts.rows.on_release(row, fetch.cancel)
+        try:
+            found.update(fetch.run())
+        finally:
+            self._parts.rows.forget_hook(row, fetch.cancel)
+
+    def _greeted_links(self, deadline_s: float) -> dict[str, StoreLink]:
+        """Live stores; those not met before are greeted, to know which are on this node. One that does
+        not answer the greeting in time is left out as long as there are others."""
+        pool = self._parts.pool
+        links = pool.live_or_all()
         new = [link for link in links.values() if not link.greeted]
-        for future in [self._executor.submit(link.greet) for link in new]:
-            try:
-                future.result()
-            except LongreachError as exc:
-                logger.warning("a store did not answer the greeting: %s", exc.message)
-        return self._pool.live_or_all() if new else links
-
-    def _near_first(self, ranked: list[StoreLink]) -> list[StoreLink]:
-        return sorted(ranked, key=lambda link: not link.near)
+        if not new:
+            return links
+        timeout_s = min(HELLO_TIMEOUT_S, max(deadline_s - time.monotonic(), 0.0) / 2)
+        futures = [self._parts.executor.submit(_greet, link) for link in new]
+        wait(futures, timeout=timeout_s)
+        links = pool.live_or_all()
+        return {i: link for i, link in links.items() if link.greeted} or links
 
     def _from_private(self, keys: Sequence[PageKey], row: Row) -> dict[PageKey, PageHandle]:
+        parts = self._parts
         found = {}
         for key in keys:
-            handle = self._private.share(key, row.owner)
+            handle = parts.private.share(key, row.owner)
             if handle is None:
                 continue
-            if self.verify(handle.memory, self._memory.slot_of(handle), handle.checksums):
-                self._rows.note(row, handle, None)
+            if self.verify(handle.memory, parts.memory.slot_of(handle), handle.checksums):
+                parts.rows.note(row, handle, None)
                 found[key] = handle
             else:
-                self._counters.add(corrupt_detected=1)
-                self._private.spoil(handle)
+                parts.counters.add(corrupt_detected=1, failed_load_corrupt_private=1)
+                parts.private.spoil(handle)
         return found
 
-    def _load_from(
-        self, link: StoreLink, keys: list[PageKey], row: Row
-    ) -> tuple[dict[PageKey, PageHandle], list[PageKey]]:
-        """Good pages, and the keys whose copy was bad or could not be reached."""
-        try:
-            if link.mapped:
-                return self._load_mapped(link, keys, row)
-            return self._load_wire(link, keys, row)
-        except LongreachError as exc:
-            logger.warning("pages are taken from elsewhere: %s", exc.message)
-            return {}, keys
 
-    def _load_mapped(
-        self, link: StoreLink, keys: list[PageKey], row: Row
-    ) -> tuple[dict[PageKey, PageHandle], list[PageKey]]:
-        # noted before the answer: a pin whose answer is lost is released with the row
-        self._rows.note_pin(row, link)
-        copies = link.prepare_load(keys, row.owner, self._lease_s)
-        found: dict[PageKey, PageHandle] = {}
-        bad: list[PageKey] = []
-        for key, copy in zip(keys, copies, strict=True):
-            if copy is None:
-                continue
-            if copy.memory is None:  # it restarted and is now read over the wire
-                return self._load_wire(link, keys, row)
-            if self._good(link, key, copy, copy.memory, copy.slot):
-                handle = self._memory.handle(
-                    key, copy.memory, copy.slot, copy.checksums, link.store_id
-                )
-                self._rows.note(row, handle, link)
-                found[key] = handle
-            else:
-                bad.append(key)
-        n_bytes = (len(found) + len(bad)) * self._memory.geometry.page_nbytes
-        self._counters.add(bytes_read_inplace=n_bytes)
-        return found, bad
-
-    def _load_wire(
-        self, link: StoreLink, keys: list[PageKey], row: Row
-    ) -> tuple[dict[PageKey, PageHandle], list[PageKey]]:
-        """Copies pages into private slots; the store's pins end when all have arrived."""
-        found: dict[PageKey, PageHandle] = {}
-        bad: list[PageKey] = []
-        owner = f"{row.owner}/wire/{next(self._wire_numbers)}"
-        try:
-            for key, copy, page in link.read(keys, owner, self._lease_s):
-                self._counters.add(bytes_read_wire=page.nbytes)
-                memory, slot = self._memory.take_private()
-                good = page.nbytes == self._memory.geometry.page_nbytes
-                if good:
-                    np.copyto(self._memory.page(memory, slot), np.frombuffer(page, np.uint8))
-                if not good or not self._good(link, key, copy, memory, slot):
-                    self._memory.give_back_private(memory, slot)
-                    bad.append(key)
-                    continue
-                handle = self._private.keep(
-                    key, memory, slot, copy.checksums, link.store_id, row.owner
-                )
-                self._rows.note(row, handle, None)
-                found[key] = handle
-        except StoreUnreachable as exc:
-            logger.warning("pages are taken from elsewhere: %s", exc.message)
-            bad += [key for key in keys if key not in found and key not in bad]
-        finally:
-            self._pool.release([link], owner)
-        return found, bad
-
-    def _good(self, link: StoreLink, key: PageKey, copy: Copy, memory: int, slot: int) -> bool:
-        if copy.recipe == self._recipe and self.verify(memory, slot, copy.checksums):
-            return True
-        self._counters.add(corrupt_detected=1)
-        logger.warning("store %s has a corrupt copy of %s", link.store_id, key.hex()[:16])
-        try:
-            link.report_corrupt(key, copy.slot)
-        except LongreachError as exc:
-            logger.warning("the corrupt copy could not be reported: %s", exc.message)
-        return False
+def _greet(link: StoreLink) -> None:
+    try:
+        link.greet()
+    except LongreachError as exc:
+        logger.warning("a store did not answer the greeting: %s", exc.message)

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..core.errors import (
+    Cancelled,
     DeadlineExceeded,
     InternalError,
     LongreachError,
@@ -157,7 +158,7 @@ class RpcClient:
 
 
 class RpcStream:
-    """One open stream at the client. Not for use by several threads at once."""
+    """One open stream at the client. Only `cancel` may come from another thread than the reader's."""
 
     def __init__(
         self,
@@ -223,6 +224,13 @@ class RpcStream:
     def close(self) -> None:
         if not self._over:
             self._finish(cancel=True)
+
+    def cancel(self) -> None:
+        """`close` from any thread; a `next` that waits raises Cancelled at once."""
+        self.close()
+        self._waiter.arrived.put(
+            Cancelled(f"{self._method} at {self._client.address} was cancelled")
+        )
 
     def __enter__(self) -> RpcStream:
         return self

@@ -24,7 +24,7 @@ from ..core.page_key import PageKey, RecipeFingerprint
 from .arena import Arena
 from .client_memory import ClientMemory
 from .page import Bytes, Checksums, PageGeometry, checksums_from_wire, checksums_to_wire
-from .transport import Buffer, Channel, Reply, connect
+from .transport import Buffer, Channel, Reply, ReplyStream, connect
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,11 @@ class StoreLink:
         return not self.closed and self._clock.monotonic_s() >= self._down_until_s
 
     @property
+    def fair_timeout_s(self) -> float:
+        """Silence shorter than this is no failure of the store."""
+        return min(self._timeout_s / 4, 1.0)
+
+    @property
     def mapped(self) -> bool:
         """Whether pages of this store are read in place. Raises StoreUnreachable."""
         return self._ready().memory is not None
@@ -135,6 +140,9 @@ class StoreLink:
         try:
             reply = retrying(self._channel.call, method, header, buffers, timeout_s=timeout_s)
         except (Unavailable, DeadlineExceeded) as exc:
+            if isinstance(exc, DeadlineExceeded) and timeout_s < self.fair_timeout_s:
+                # the caller was in a hurry: nothing to hold against the store
+                raise StoreUnreachable(f"store {self.store_id}: {exc.message}") from exc
             raise self._failed(method, exc) from exc
         self._n_failures_in_a_row = 0
         return reply
@@ -144,28 +152,39 @@ class StoreLink:
         return [bool(held) for held in reply.header["held"]]
 
     def prepare_load(
-        self, keys: Sequence[PageKey], owner: str, lease_s: float
+        self, keys: Sequence[PageKey], owner: str, lease_s: float, timeout_s: float | None = None
     ) -> list[Copy | None]:
         """Pins pages for in-place reading; the caller verifies the bytes it maps."""
         copies: list[Copy | None] = []
         for first in range(0, len(keys), self._keys_per_call):
             part = list(keys[first : first + self._keys_per_call])
             header = {"keys": part, "owner": owner, "lease_s": lease_s, "verify": False}
-            pages, memory = self._call_on_pages("prepare_load", header, n_attempts=2)
+            pages, memory = self._call_on_pages(
+                "prepare_load", header, n_attempts=2, timeout_s=timeout_s
+            )
             copies += [self._copy(page, memory) if page is not None else None for page in pages]
         return copies
 
     def read(
-        self, keys: Sequence[PageKey], owner: str, lease_s: float
-    ) -> Iterator[tuple[PageKey, Copy, memoryview]]:
-        """Pages over the wire, those that are held. They stay pinned until `release(owner)`."""
+        self,
+        keys: Sequence[PageKey],
+        owner: str,
+        lease_s: float,
+        idle_timeout_s: float,
+        opened: Callable[[ReplyStream], None],
+    ) -> Iterator[tuple[PageKey, Copy | None, memoryview]]:
+        """Pages over the wire, in order, None for those that are not held. They stay pinned until
+        `release(owner)`. opened: is given the stream, so that others can cancel it."""
         header = {"keys": list(keys), "owner": owner, "lease_s": lease_s}
         try:
-            with self._channel.stream("read", header, idle_timeout_s=self._timeout_s) as stream:
+            with self._channel.stream("read", header, idle_timeout_s=idle_timeout_s) as stream:
+                opened(stream)
                 for key, reply in zip(keys, stream, strict=False):
                     if reply.header["found"]:
                         copy = self._copy(reply.header, None)
                         yield key, copy, memoryview(reply.buffers[0])
+                    else:
+                        yield key, None, memoryview(b"")
         except (Unavailable, DeadlineExceeded) as exc:
             raise self._failed("read", exc) from exc
 
@@ -254,13 +273,17 @@ class StoreLink:
         return _Hello(incarnation, self._memory.add(incarnation, arena.slots))
 
     def _call_on_pages(
-        self, method: str, header: dict[str, Any], n_attempts: int = 1
+        self,
+        method: str,
+        header: dict[str, Any],
+        n_attempts: int = 1,
+        timeout_s: float | None = None,
     ) -> tuple[list[Any], int | None]:
         """The reply's pages and the memory that their slots belong to. Slots mean nothing in
         another incarnation's arena, so a store that restarted is greeted again."""
         for _ in range(2 if method == "prepare_load" else 1):
             hello = self._ready()
-            reply = self.call(method, header, n_attempts=n_attempts)
+            reply = self.call(method, header, n_attempts=n_attempts, timeout_s=timeout_s)
             if reply.header["incarnation"] == hello.incarnation:
                 return reply.header["pages"], hello.memory
             with self._hello_lock:

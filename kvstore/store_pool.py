@@ -12,6 +12,7 @@ from ..core.clock import Clock
 from ..core.errors import LongreachError
 from ..core.page_key import PageKey
 from .client_memory import ClientMemory
+from .fetch_plan import REASONS
 from .membership import Membership
 from .placement import rank
 from .store_link import StoreLink, WrapChannel
@@ -30,6 +31,13 @@ COUNTERS = (
     "mismatched_duplicates",
     "pages_under_replicated",
     "leases_lost",
+    "pages_unavailable",
+    "hedges_sent",
+    "hedges_won",
+    "hedge_wasted_bytes",
+    "pages_prefetched",
+    "prefetch_hits",
+    *(f"failed_load_{reason}" for reason in REASONS),
 )
 
 

@@ -61,6 +61,10 @@ class ReplyStream(Protocol):
 
     def close(self) -> None: ...
 
+    def cancel(self) -> None:
+        """`close` from any thread: a reader that waits gets Cancelled at once."""
+        ...
+
 
 class Channel(Protocol):
     """A connection to one server; any number of threads may use it. Connects when first used."""

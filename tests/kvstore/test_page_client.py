@@ -16,7 +16,6 @@ from longreach.core.errors import (
     StoreUnreachable,
     Unavailable,
 )
-from longreach.kvstore import page_client as page_client_module
 from longreach.kvstore.page import PageGeometry
 from longreach.kvstore.placement import rendezvous
 
@@ -233,9 +232,8 @@ def test_a_lease_that_ended_at_the_store_is_noticed(stores: Stores) -> None:
     client.close()
 
 
-def test_backpressure_has_a_deadline(pair: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_client_module, "MAX_WAITING_STORES", 2)
-    client = pair.client(timeout_s=0.3)
+def test_backpressure_has_a_deadline(pair: Stores) -> None:
+    client = pair.client(timeout_s=0.3, write_behind_bytes=2 * GEOMETRY.page_nbytes)
     for service in pair.services.values():
         service._lock.acquire()  # stores that hang
     try:
