@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from ..core.errors import DeadlineExceeded, InternalError, InvalidInput, Unavailable, UnreadableUri
+from .kv_client import KvClient
 from .local_documents import LocalDocuments
 from .proto import (
     admin_pb2,
@@ -20,6 +21,7 @@ from .proto import (
     inference_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
+    kv_pb2_grpc,
 )
 from .rpc_errors import error_from_rpc
 from .uploads import upload_parts
@@ -65,6 +67,8 @@ class Client:
         self._jobs = _stub(jobs_pb2_grpc.JobsStub, self._channel)
         self._contexts = _stub(contexts_pb2_grpc.ContextsStub, self._channel)
         self._admin = _stub(admin_pb2_grpc.AdminStub, self._channel)
+        self.kv = KvClient(_stub(kv_pb2_grpc.KvStub, self._channel), self._send, self._stream)
+        """What operators ask of the stores."""
 
     def close(self) -> None:
         self._channel.close()

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from ..core.clock import Clock, SystemClock
 from ..core.config import Config
 from ..core.errors import AlreadyServing, FailedPrecondition
+from ..core.page_key import Recipe
 from ..kvstore.page import PageGeometry
 from .admin_service import AdminServicer
 from .contexts import ContextStore
@@ -27,6 +28,7 @@ from .inference_service import InferenceServicer
 from .interactive import Interactive
 from .jobs_service import JobsServicer
 from .journal import Journal
+from .kv_service import KvServicer
 from .metrics import Metrics
 from .plan import check_policies
 from .preparer import Preparer, PromptBuilder
@@ -39,11 +41,15 @@ from .proto import (
     inference_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
+    kv_pb2,
+    kv_pb2_grpc,
 )
 from .row import max_context_bytes
 from .runtime import Runtime
 from .service import MAX_STREAMS, Service
+from .snapshots import Snapshots
 from .submission import Intake
+from .tier_metrics import StoreCollector
 from .worker_pool import WorkerPool
 
 log = logging.getLogger("longreach.gateway")
@@ -56,6 +62,7 @@ SERVICE_NAMES = tuple(
         (jobs_pb2, "Jobs"),
         (contexts_pb2, "Contexts"),
         (admin_pb2, "Admin"),
+        (kv_pb2, "Kv"),
     )
 )
 
@@ -71,13 +78,15 @@ class Gateway:
         *,
         prompts: PromptBuilder | None = None,
         geometry: PageGeometry | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
-        """prompts and geometry: of the configured model, unless a test brings its own."""
+        """prompts, geometry and recipe: of the configured model, unless a test brings its own."""
         self._config = config
         self._runtime = runtime
         self._clock = clock or SystemClock()
         self._prompts = prompts
         self._geometry = geometry
+        self._recipe = recipe
         self._metrics = Metrics()
         self._health = health.HealthServicer()
         self._server: Any = None
@@ -208,6 +217,13 @@ class Gateway:
             geometry = model_geometry(self._config)
         return prompts, geometry
 
+    def _model_recipe(self) -> Recipe:
+        if self._recipe is None:
+            from ..workers.model_source import recipe_for
+
+            self._recipe = recipe_for(self._config)
+        return self._recipe
+
     def _assemble(
         self, journal: Journal, prompts: PromptBuilder, geometry: PageGeometry
     ) -> Service:
@@ -230,6 +246,10 @@ class Gateway:
             dispatcher=dispatcher,
             interactive=Interactive(config, preparer, pool, self._metrics),
             metrics=self._metrics,
+            snapshots=Snapshots(
+                config, self._runtime, contexts, preparer, geometry, self._model_recipe
+            ),
+            page_bytes=geometry.page_nbytes,
             epoch=epoch,
             started_s=self._clock.monotonic_s(),
         )
@@ -239,6 +259,7 @@ class Gateway:
             workers=pool.n_live,
             streams=lambda: service.streams.n_open,
         )
+        self._metrics.add(StoreCollector(self._runtime.stores, geometry.page_nbytes))
         return service
 
     def _register(self, service: Service) -> None:
@@ -249,6 +270,7 @@ class Gateway:
             (jobs_pb2_grpc.add_JobsServicer_to_server, JobsServicer(service)),
             (contexts_pb2_grpc.add_ContextsServicer_to_server, ContextsServicer(service)),
             (admin_pb2_grpc.add_AdminServicer_to_server, AdminServicer(service, self.drain)),
+            (kv_pb2_grpc.add_KvServicer_to_server, KvServicer(service)),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         )
         for add, servicer in adders:

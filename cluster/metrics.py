@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.registry import Collector
 
 from .results import Outcome
 
@@ -18,7 +19,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        registry = self.registry
+        """What a scrape sees: the gateway's own, and the collectors that were added."""
+        registry = self._own = CollectorRegistry()
+        self.registry.register(registry)  # type: ignore[arg-type]
         self._queued = Gauge("longreach_rows_queued", "Batch rows waiting", registry=registry)
         self._running = Gauge("longreach_rows_running", "Batch rows running", registry=registry)
         self._workers = Gauge("longreach_workers_live", "Live decode workers", registry=registry)
@@ -66,6 +69,10 @@ class Metrics:
             self._server.server_close()
             self._server = None
 
+    def add(self, collector: Collector) -> None:
+        """Metrics of others, read when scraped; `numbers` leaves them out."""
+        self.registry.register(collector)
+
     def watch(
         self,
         queued: Callable[[], float],
@@ -100,9 +107,9 @@ class Metrics:
         self._losses.labels(reason).inc()
 
     def numbers(self) -> dict[str, float]:
-        """All samples without buckets, by name and labels."""
+        """All samples of the gateway without buckets, by name and labels."""
         found = {}
-        for metric in self.registry.collect():
+        for metric in self._own.collect():
             for sample in metric.samples:
                 if not sample.name.endswith(("_bucket", "_created")):
                     labels = "".join(f"_{value}" for value in sample.labels.values())

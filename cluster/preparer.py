@@ -51,6 +51,14 @@ class Prepared:
     keys: tuple[PageKey, ...]
 
 
+@dataclass(frozen=True)
+class ContextPages:
+    """The full pages that every row on a context begins with. token_ids: uint32 [n_pages * page_tokens]."""
+
+    token_ids: np.ndarray
+    keys: tuple[PageKey, ...]
+
+
 class Preparer:
     """Thread-safe."""
 
@@ -112,6 +120,22 @@ class Preparer:
                     context = self._contexts.text(context_id)
                 prompt = self._prompts.build(context or "", spec.question, spec.answer_prefix)
             return self._check(spec, prompt)
+
+    def context_pages(self, text: str) -> ContextPages:
+        """What rows on this context share, whatever they ask. Raises InvalidInput if it fills no page."""
+        with self._building:
+            # any question does: context and question are tokenized apart
+            prompt = self._prompts.build(text, "?")
+            keys = self._prompts.page_keys(prompt)
+        page_tokens = self._config.cache.page_tokens
+        n_pages = prompt.n_context_tokens // page_tokens
+        if not n_pages:
+            raise InvalidInput(
+                f"the context has {prompt.n_context_tokens} tokens, a page has {page_tokens}: "
+                "there is no whole page"
+            )
+        token_ids = np.asarray(prompt.token_ids[: n_pages * page_tokens], dtype="<u4")
+        return ContextPages(token_ids, tuple(keys[:n_pages]))
 
     def _check(self, spec: RowSpec, prompt: Prompt) -> Prepared:
         token_ids = np.ascontiguousarray(prompt.token_ids, dtype="<u4")

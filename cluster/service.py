@@ -14,6 +14,7 @@ from .metrics import Metrics
 from .preparer import Preparer
 from .rpc_status import StreamSlots
 from .runtime import Runtime
+from .snapshots import Snapshots
 from .submission import Intake
 
 MAX_STREAMS = 128
@@ -34,6 +35,8 @@ class Service:
     dispatcher: Dispatcher
     interactive: Interactive
     metrics: Metrics
+    snapshots: Snapshots
+    page_bytes: int
     epoch: int
     started_s: float
     streams: StreamSlots = field(default_factory=lambda: StreamSlots(MAX_STREAMS))

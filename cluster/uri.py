@@ -22,7 +22,7 @@ def read_uri(
     timeout_s bounds each wait for the next chunk. Raises UnreadableUri (missing, refused
     protocol, silent for too long) or ContextTooLong (more than max_bytes).
     """
-    _check_protocols(uri, protocols)
+    check_protocols(uri, protocols)
     chunks: Queue[bytes | Exception | None] = Queue(maxsize=_AHEAD)
     gone = threading.Event()
     # file systems know no common deadline: a thread waits for them, we wait for the thread
@@ -68,7 +68,8 @@ def _pump(uri: str, chunks: Queue[bytes | Exception | None], gone: threading.Eve
         put(exc)
 
 
-def _check_protocols(uri: str, protocols: tuple[str, ...]) -> None:
+def check_protocols(uri: str, protocols: tuple[str, ...]) -> None:
+    """Raises UnreadableUri for a URI of a protocol that is not allowed."""
     if not uri.strip() or "\x00" in uri:
         raise UnreadableUri("the URI is empty or holds a zero byte", uri=uri)
     for part in uri.split("::"):

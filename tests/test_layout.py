@@ -33,7 +33,7 @@ LAYERS = {
 FOREIGN = {
     "core": {"numpy", "msgpack", "yaml", "pydantic"},
     "kernels": {"torch", "numpy", "numba", "llvmlite", "triton"},
-    "kvstore": {"numpy", "torch", "xxhash", "tenacity"},
+    "kvstore": {"numpy", "torch", "xxhash", "tenacity", "pydantic", "fsspec"},
     "workers": {
         "torch",
         "numpy",

@@ -9,7 +9,7 @@ import itertools
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import numpy as np
 from longreach.core.config import Config, load_config
 from longreach.core.errors import Cancelled, EmptyContext, InternalError, LongreachError, StaleEpoch
 from longreach.core.page_key import PageKey, RecipeFingerprint, page_keys
+from longreach.kvstore.membership import Membership
 from longreach.kvstore.page import PageGeometry
-from longreach.kvstore.transport import Channel, Reply, connect, serve
+from longreach.kvstore.transport import Channel, Reply, Service, connect, serve
 
 PAGE_TOKENS = 16
 GEOMETRY = PageGeometry(n_layers=2, n_kv_heads=1, page_tokens=PAGE_TOKENS, head_dim=8)
@@ -199,8 +200,17 @@ def _progress(phase: str, prefilled: int, total: int) -> Reply:
 class FakeRuntime:
     """Seam 5 over mem://. A worker that failed comes back at once as a new incarnation."""
 
-    def __init__(self, n_workers: int = 1, *, respawn: bool = True) -> None:
+    def __init__(
+        self,
+        n_workers: int = 1,
+        *,
+        respawn: bool = True,
+        stores: Mapping[str, Service] | None = None,
+    ) -> None:
         self.respawn = respawn
+        self.store_services = dict(stores or {})
+        self._store_addresses: dict[str, str] = {}
+        self._membership = Membership(0)
         self.services: dict[str, FakeDecodeService] = {}
         self.past: list[FakeDecodeService] = []
         self.epoch = 0
@@ -217,10 +227,34 @@ class FakeRuntime:
         self.epoch, self.started = epoch, True
         for worker_id in self._ids:
             self._spawn(worker_id)
+        for store_id, service in self.store_services.items():
+            address = f"mem://fake-{next(_serial)}"
+            self._servers[store_id] = serve(service, address)
+            self._store_addresses[store_id] = address
+        self._membership = Membership.of(self._store_addresses, epoch=1)
+
+    def stores(self) -> dict[str, Channel]:
+        with self._lock:
+            for store_id, address in self._store_addresses.items():
+                self._channels.setdefault(store_id, connect(address))
+            return {store_id: self._channels[store_id] for store_id in self._store_addresses}
+
+    def membership(self) -> Membership:
+        return self._membership
+
+    def drain_store(self, store_id: str) -> Membership:
+        self._membership = self._membership.drained(store_id)
+        return self._membership
+
+    def lose_store(self, store_id: str) -> None:
+        """Its process is gone, and the runtime knows."""
+        self.kill(store_id)
+        with self._lock:
+            del self._store_addresses[store_id]
 
     def workers(self) -> dict[str, Channel]:
         with self._lock:
-            return dict(self._channels)
+            return {i: c for i, c in self._channels.items() if i in self._ids}
 
     def worker_failed(self, worker_id: str) -> None:
         with self._lock:
