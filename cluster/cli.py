@@ -13,8 +13,10 @@ from .cli_ask import generate
 from .cli_base import Commands, ConfigFiles, Sets, out
 from .cli_demo import ask_dense, demo
 from .cli_jobs import cancel, jobs, results, submit, watch
+from .cli_kv import kv_app
 from .cli_plan import plan
 from .cli_serve import serve
+from .cli_top import top
 
 # transformers and Ray print advice for other people at import; set before either is loaded
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,8 +34,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(kv_app, name="kv")
 
-for command in (serve, submit, jobs, watch, results, cancel, generate, plan, demo):
+for command in (serve, submit, jobs, watch, results, cancel, generate, plan, top, demo):
     app.command()(command)
 app.command("dense")(ask_dense)
 

@@ -68,9 +68,11 @@ def fail(error: LongreachError) -> None:
     raise typer.Exit(1)
 
 
-def connect(address: str, state_dir: Path) -> Client:
-    """A client of the named gateway, or of the one that serves in the state directory."""
-    return Client(address or local_address(state_dir) or DEFAULT_ADDRESS)
+def connect(address: str, state_dir: Path, *, timeout_s: float = 30.0) -> Client:
+    """A client of the named gateway, or of the one that serves in the state directory. timeout_s:
+    deadline of short calls."""
+    found = address or local_address(state_dir) or DEFAULT_ADDRESS
+    return Client(found, timeout_s=timeout_s)
 
 
 def local_address(state_dir: Path) -> str:

@@ -67,7 +67,9 @@ class Client:
         self._jobs = _stub(jobs_pb2_grpc.JobsStub, self._channel)
         self._contexts = _stub(contexts_pb2_grpc.ContextsStub, self._channel)
         self._admin = _stub(admin_pb2_grpc.AdminStub, self._channel)
-        self.kv = KvClient(_stub(kv_pb2_grpc.KvStub, self._channel), self._send, self._stream)
+        self.kv = KvClient(
+            _stub(kv_pb2_grpc.KvStub, self._channel), self._call, self._send, self._stream
+        )
         """What operators ask of the stores."""
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .proto import kv_pb2 as pb
 
-_SHORT_S = 30.0
+_DROP_S = 600.0
 _STREAM_S = 24 * 3600.0
 """Longest verify, snapshot or restore; the gateway bounds how long one may be silent."""
 
@@ -16,14 +16,19 @@ class KvClient:
     """`Client.kv`. What a store could not answer is in its `error` field; the call itself succeeds."""
 
     def __init__(
-        self, stub: Any, send: Callable[..., Any], stream: Callable[..., Iterator[Any]]
+        self,
+        stub: Any,
+        call: Callable[..., Any],
+        send: Callable[..., Any],
+        stream: Callable[..., Iterator[Any]],
     ) -> None:
         self._stub = stub
+        self._call = call
         self._send = send
         self._stream = stream
 
     def stat(self) -> pb.KvStatResponse:
-        response: pb.KvStatResponse = self._send(self._stub.Stat, pb.KvStatRequest(), _SHORT_S)
+        response: pb.KvStatResponse = self._call(self._stub.Stat, pb.KvStatRequest())
         return response
 
     def verify(self, store_id: str = "") -> Iterator[pb.VerifyUpdate]:
@@ -32,7 +37,7 @@ class KvClient:
 
     def scrub(self, *, start: bool = False) -> pb.ScrubResponse:
         request = pb.ScrubRequest(start=start)
-        response: pb.ScrubResponse = self._send(self._stub.Scrub, request, _SHORT_S)
+        response: pb.ScrubResponse = self._call(self._stub.Scrub, request)
         return response
 
     def snapshot(
@@ -48,7 +53,7 @@ class KvClient:
 
     def drop(self, context_id: str = "", *, everything: bool = False) -> pb.DropResponse:
         request = pb.DropRequest(context_id=context_id, all=everything)
-        response: pb.DropResponse = self._send(self._stub.Drop, request, 20 * _SHORT_S)
+        response: pb.DropResponse = self._send(self._stub.Drop, request, _DROP_S)
         return response
 
     def drain(
