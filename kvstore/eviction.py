@@ -62,7 +62,13 @@ class EvictionOrder:
         self._children: dict[PageKey, dict[Where, int]] = {}
         self._protected: OrderedDict[PageKey, _Node] = OrderedDict()
         self._ticks = itertools.count()
+        self._n_pinned = 0
         self._heaps: dict[Choice, list[tuple[_Rank, PageKey]]] = {c: [] for c in _CHOICES}
+
+    @property
+    def n_pinned(self) -> int:
+        """Pages that cannot move now."""
+        return self._n_pinned
 
     def __contains__(self, key: PageKey) -> bool:
         return key in self._nodes
@@ -70,10 +76,12 @@ class EvictionOrder:
     def add(self, key: PageKey, parent_key: PageKey) -> None:
         """A page is held from now on; it is pinned until `place` says otherwise."""
         self._nodes[key] = _Node(key, parent_key, "pinned", next(self._ticks))
+        self._n_pinned += 1
         self._count_child(parent_key, "pinned", 1)
 
     def remove(self, key: PageKey) -> None:
         node = self._nodes.pop(key)
+        self._n_pinned -= node.where == "pinned"
         self._protected.pop(key, None)
         self._count_child(node.parent_key, node.where, -1)
 
@@ -83,29 +91,20 @@ class EvictionOrder:
         if node.where == where:
             return
         before, node.where = node.where, where
+        self._n_pinned += (where == "pinned") - (before == "pinned")
         self._push(node)
         self._count_child(node.parent_key, where, 1)
         self._count_child(node.parent_key, before, -1)
 
     def touch(self, key: PageKey) -> None:
-        """The page is the most recently used."""
+        """The page is the most recently used. Rows let go of their pages from the tail to the head,
+        so the head of a context is the most recent, and the last to lose its protection."""
         node = self._nodes[key]
         node.tick = next(self._ticks)
-        if node.protected:
+        if node.n_rows >= 2:
+            node.protected = True
+            self._protected[key] = node
             self._protected.move_to_end(key)
-        self._push(node)
-
-    def use(self, key: PageKey, row: str) -> None:
-        """A row uses the page. row: any name that is the row's own."""
-        node = self._nodes[key]
-        if row in node.recent_rows:
-            return
-        node.n_rows += 1
-        node.recent_rows = (*node.recent_rows, row)[-N_RECENT_ROWS:]
-        if node.n_rows < 2 or node.protected:
-            return
-        node.protected = True
-        self._protected[key] = node
         self._push(node)
         if len(self._protected) > self._max_protected:
             _, oldest = self._protected.popitem(last=False)
@@ -113,6 +112,14 @@ class EvictionOrder:
             # to the recent end of the others: it has a last chance to be used again
             oldest.tick = next(self._ticks)
             self._push(oldest)
+
+    def use(self, key: PageKey, row: str) -> None:
+        """A row uses the page; what that means for its rank comes with the next `touch`. row: any
+        name that is the row's own."""
+        node = self._nodes[key]
+        if row not in node.recent_rows:
+            node.n_rows += 1
+            node.recent_rows = (*node.recent_rows, row)[-N_RECENT_ROWS:]
 
     def n_rows(self, key: PageKey) -> int:
         """Rows that have used the page."""

@@ -1,38 +1,33 @@
 """One store's pages: what is held where, who pins it and until when. No threads, no clock, no I/O
-beside its arena; the caller hands in `now` (monotonic seconds) and serialises the calls.
+beside its slots; the caller hands in `now` (monotonic seconds) and serialises the calls.
 
 Life of a page: `prepare_store` gives a slot, the writer copies the bytes, `complete_store` checks
 them and makes the page visible. The first completed store of a key wins. `prepare_load` pins a page
 and says where it is, `complete_load` or `release` unpins it. A slot is never reused while its page
-is pinned, even if the page was dropped meanwhile. Pinned pages are never evicted; the others go
-least recently used first.
+is pinned, even if the page was dropped meanwhile. Pinned pages are never moved or evicted; the
+others go in the order of eviction.py.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..core.errors import LeaseExpired, PageCorrupt, StoreFull
+from ..core.errors import LeaseExpired, PageCorrupt
 from ..core.page_key import PageKey, RecipeFingerprint
 from .arena import Arena
+from .disk import DiskTier
+from .disk_index import DiskIndex
 from .page import Checksums, page_checksums
+from .page_slots import PageSlots
+from .page_table import HeldPage, PageTable
+from .tier_moves import TierMoves
 
-
-@dataclass(eq=False, slots=True)
-class HeldPage:
-    """A page in a slot. `checksums`: uint64 [n_leaves]."""
-
-    key: PageKey
-    parent_key: PageKey
-    recipe: RecipeFingerprint
-    checksums: Checksums
-    slot: int
-    n_pins: int = 0
-    dropped: bool = False
+__all__ = ["HeldPage", "OpenWrite", "StoreShard"]
+ALL_KEYS = 1 << 40
 
 
 @dataclass(eq=False, slots=True)
@@ -49,35 +44,33 @@ class _Lease:
     """All that one owner pins, with one deadline: renewing it is one operation."""
 
     deadline_s: float
-    pages: dict[int, HeldPage] = field(default_factory=dict)  # by slot, in order of acquisition
+    pages: dict[HeldPage, None] = field(default_factory=dict)  # in order of acquisition
     writes: dict[int, OpenWrite] = field(default_factory=dict)
 
 
 class StoreShard:
-    """Pages of one arena. Not thread-safe (see store_service.py)."""
+    """Pages of one arena and, where there is one, one disk tier. Not thread-safe (see
+    store_service.py). high, low: watermarks of the arena, as shares of its slots."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        disk: DiskTier | None = None,
+        index: DiskIndex | None = None,
+        *,
+        high: float = 0.95,
+        low: float = 0.85,
+        write_through: bool = False,
+    ) -> None:
         self.arena = arena
-        self._pages: dict[PageKey, HeldPage] = {}
-        self._evictable: OrderedDict[PageKey, HeldPage] = OrderedDict()
-        self._free_slots = list(range(arena.n_slots - 1, -1, -1))
+        self.slots = PageSlots(arena, disk)
+        self.table = PageTable(self.slots, index, write_through)
+        self.moves = TierMoves(self.table, high, low, write_through)
         self._leases: dict[str, _Lease] = {}
         self._next_write_id = 1
-        self._counters = dict.fromkeys(
-            (
-                "pages_stored",
-                "duplicate_stores",
-                "mismatched_duplicates",
-                "evictions",
-                "corrupt_detected",
-                "leases_expired",
-                "store_full",
-            ),
-            0,
-        )
 
     def lookup(self, keys: Iterable[PageKey]) -> list[bool]:
-        return [key in self._pages for key in keys]
+        return [key in self.table.pages for key in keys]
 
     def prepare_load(
         self,
@@ -91,12 +84,15 @@ class StoreShard:
         self.expire(now)
         found: list[HeldPage | None] = []
         for key in keys:
-            page = self._pages.get(key)
+            page = self.table.pages.get(key)
             if page is not None and verify and not self.is_intact(page):
                 self.report_corrupt(key, page.slot)
                 page = None
             if page is not None:
-                self._pin(page, self._lease(owner, now, lease_s))
+                self._pin(page, owner, now, lease_s)
+                self._counters[f"hits_{self.slots.tier(page.slot)}"] += 1
+            else:
+                self._counters["misses"] += 1
             found.append(page)
         return found
 
@@ -106,8 +102,8 @@ class StoreShard:
         if lease is None:
             return
         wanted = set(keys)
-        for page in [page for page in lease.pages.values() if page.key in wanted]:
-            del lease.pages[page.slot]
+        for page in [page for page in lease.pages if page.key in wanted]:
+            del lease.pages[page]
             self._unpin(page)
         self._forget_if_empty(owner)
 
@@ -126,12 +122,12 @@ class StoreShard:
         checksums: those of the bytes that will be written. Raises StoreFull.
         """
         self.expire(now)
-        held = self._pages.get(key)
+        held = self.table.pages.get(key)
         if held is not None:
             self._count_duplicate(held, checksums)
-            self._pin(held, self._lease(owner, now, lease_s))
+            self._pin(held, owner, now, lease_s)
             return held
-        slot = self._take_slot()
+        slot = self.table.slot_for_new(now)
         page = HeldPage(key, parent_key, recipe, checksums, slot)
         write = OpenWrite(self._next_write_id, page, owner)
         self._next_write_id += 1
@@ -166,25 +162,26 @@ class StoreShard:
         del self._leases[owner].writes[write_id]
         page = write.page
         if actual is None:
-            actual = page_checksums(self.arena.slots[page.slot], self.arena.geometry)
+            actual = page_checksums(self.slots.read(page.slot), self.slots.geometry)
         bad = np.flatnonzero(actual != page.checksums)
         if len(bad):
-            self._free_slots.append(page.slot)
+            self.slots.give_back(page.slot)
             self._forget_if_empty(owner)
             self._counters["corrupt_detected"] += 1
             raise PageCorrupt(
                 f"{len(bad)} of {len(actual)} leaves were not written as announced, "
                 f"the first is leaf {bad[0]}; write the page again"
             )
-        winner = self._pages.get(page.key)
+        winner = self.table.pages.get(page.key)
         if winner is not None:
-            self._free_slots.append(page.slot)
+            self.slots.give_back(page.slot)
             self._count_duplicate(winner, page.checksums)
             page = winner
         else:
-            self._pages[page.key] = page
+            self.table.hold(page)
+            self.moves.completed(page)
             self._counters["pages_stored"] += 1
-        self._pin(page, self._lease(owner, now, lease_s))
+        self._pin(page, owner, now, lease_s)
         return page
 
     def abort_store(self, write_id: int, owner: str) -> None:
@@ -192,41 +189,53 @@ class StoreShard:
         lease = self._leases.get(owner)
         write = lease.writes.pop(write_id, None) if lease is not None else None
         if write is not None:
-            self._free_slots.append(write.page.slot)
+            self.slots.give_back(write.page.slot)
             self._forget_if_empty(owner)
 
     def touch(self, keys: Sequence[PageKey]) -> None:
         """Makes pages most recent; the first of keys, on which the others build, the most."""
         for key in reversed(keys):
-            if key in self._evictable:
-                self._evictable.move_to_end(key)
+            if key in self.table.order:
+                self.table.order.touch(key)
 
     def drop(self, keys: Iterable[PageKey]) -> int:
         """Forgets pages; a pinned one keeps its slot until it is unpinned. Returns how many."""
-        n_dropped = 0
-        for key in keys:
-            page = self._pages.pop(key, None)
-            if page is None:
-                continue
-            n_dropped += 1
-            page.dropped = True
-            self._evictable.pop(key, None)
-            if not page.n_pins:
-                self._free_slots.append(page.slot)
-        return n_dropped
+        return sum(self.table.drop(key) for key in keys)
 
     def report_corrupt(self, key: PageKey, slot: int) -> bool:
-        """Drops the page if it is still the one in that slot."""
-        page = self._pages.get(key)
-        if page is None or page.slot != slot:
+        """Drops this copy of the page if it is still in that slot."""
+        page = self.table.pages.get(key)
+        if page is None or slot not in (page.slot, page.backup):
             return False
-        self._counters["corrupt_detected"] += 1
-        self.drop([key])
+        self.table.bad_copy(page, slot)
         return True
 
     def is_intact(self, page: HeldPage) -> bool:
-        actual = page_checksums(self.arena.slots[page.slot], self.arena.geometry)
+        """Raises OSError if the page is on a disk that fails."""
+        actual = page_checksums(self.slots.read(page.slot), self.slots.geometry)
         return bool(np.array_equal(actual, page.checksums))
+
+    def begin_check(self, key: PageKey) -> HeldPage | None:
+        """The page, with its copies kept in place until `end_check`, readers or not."""
+        page = self.table.pages.get(key)
+        if page is not None:
+            page.n_movers += 1
+            self.table.settle(page)
+        return page
+
+    def end_check(self, page: HeldPage, bad_slots: Iterable[int]) -> None:
+        """bad_slots: of its copies, those with wrong bytes."""
+        for slot in bad_slots:
+            self.table.bad_copy(page, slot)
+        page.n_movers -= 1
+        self.table.settle(page)
+
+    def keys_after(self, after: PageKey | None, limit: int = ALL_KEYS) -> list[PageKey]:
+        """Keys of held pages in order, from the one after `after` on."""
+        keys = (key for key in self.table.pages if after is None or key > after)
+        if limit >= len(self.table.pages):
+            return sorted(keys)
+        return heapq.nsmallest(limit, keys)
 
     def renew(self, owner: str, now: float, lease_s: float) -> bool:
         """False if the owner's lease has ended: what it pinned may be gone."""
@@ -251,19 +260,34 @@ class StoreShard:
         return len(late)
 
     def find(self, key: PageKey) -> HeldPage | None:
-        return self._pages.get(key)
+        return self.table.pages.get(key)
 
     def stats(self) -> dict[str, int]:
+        """Slots of a tier are in use (its `pages`) by pages, by writes that are open, and by dropped
+        pages while they are pinned; a page with a copy in both tiers uses two."""
+        slots, n_bytes = self.slots, self.slots.geometry.page_nbytes
+        n_arena, n_disk = slots.n_arena - slots.n_free_arena, slots.n_disk - slots.n_free_disk
         return {
             **self._counters,
-            "n_slots": self.arena.n_slots,
-            "pages_held": len(self._pages),
-            "pages_pinned": len(self._pages) - len(self._evictable),
-            "slots_free": len(self._free_slots),
+            "n_slots": slots.n_arena + slots.n_disk,
+            "pages_held": len(self.table.pages),
+            "pages_pinned": self.table.order.n_pinned,
+            "slots_free": slots.n_free_arena + slots.n_free_disk,
             "writes_open": sum(len(lease.writes) for lease in self._leases.values()),
             "leases": len(self._leases),
-            "bytes_held": len(self._pages) * self.arena.geometry.page_nbytes,
+            "bytes_held": len(self.table.pages) * n_bytes,
+            "arena_slots": slots.n_arena,
+            "arena_pages": n_arena,
+            "arena_bytes": n_arena * n_bytes,
+            "disk_slots": slots.n_disk,
+            "disk_pages": n_disk,
+            "disk_bytes": n_disk * n_bytes,
+            "moves_waiting": self.moves.n_waiting,
         }
+
+    @property
+    def _counters(self) -> dict[str, int]:
+        return self.table.counters
 
     def _lease(self, owner: str, now: float, lease_s: float) -> _Lease:
         lease = self._leases.get(owner)
@@ -272,52 +296,38 @@ class StoreShard:
         lease.deadline_s = max(lease.deadline_s, now + lease_s)
         return lease
 
-    def _pin(self, page: HeldPage, lease: _Lease) -> None:
-        if page.slot not in lease.pages:
-            lease.pages[page.slot] = page
-            page.n_pins += 1
-            self._evictable.pop(page.key, None)
+    def _pin(self, page: HeldPage, owner: str, now: float, lease_s: float) -> None:
+        lease = self._lease(owner, now, lease_s)
+        if page in lease.pages:
+            return
+        lease.pages[page] = None
+        page.n_pins += 1
+        if not page.dropped:
+            # a row reads over the wire under names of its own
+            self.table.order.use(page.key, owner.partition("/wire/")[0])
+        self.table.settle(page)
 
     def _unpin(self, page: HeldPage) -> None:
         page.n_pins -= 1
-        if page.n_pins:
-            return
-        if page.dropped:
-            self._free_slots.append(page.slot)
-        else:
-            self._evictable[page.key] = page
+        if not page.n_pins and not page.dropped:
+            self.table.order.touch(page.key)
+        self.table.settle(page)
 
     def _end_lease(self, owner: str) -> int:
         lease = self._leases.pop(owner, None)
         if lease is None:
             return 0
         # last acquired first: the head of a context, on which the rest builds, stays longest
-        for page in reversed(lease.pages.values()):
+        for page in reversed(lease.pages):
             self._unpin(page)
-        self._free_slots += [write.page.slot for write in lease.writes.values()]
+        for write in lease.writes.values():
+            self.slots.give_back(write.page.slot)
         return len(lease.pages)
 
     def _forget_if_empty(self, owner: str) -> None:
         lease = self._leases.get(owner)
         if lease is not None and not lease.pages and not lease.writes:
             del self._leases[owner]
-
-    def _take_slot(self) -> int:
-        if self._free_slots:
-            slot = self._free_slots.pop()
-            if self.arena.reserve(slot):
-                return slot
-            self._free_slots.insert(0, slot)  # tried last: others may have their memory already
-        if self._evictable:
-            _, page = self._evictable.popitem(last=False)
-            del self._pages[page.key]
-            self._counters["evictions"] += 1
-            return page.slot
-        self._counters["store_full"] += 1
-        raise StoreFull(
-            f"all {self.arena.n_slots} page slots are pinned or without memory "
-            f"({len(self._pages)} pages held); raise store.capacity_bytes or run fewer rows"
-        )
 
     def _count_duplicate(self, held: HeldPage, checksums: Checksums) -> None:
         same = np.array_equal(held.checksums, checksums)
