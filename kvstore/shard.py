@@ -230,6 +230,12 @@ class StoreShard:
         page.n_movers -= 1
         self.table.settle(page)
 
+    def has_room(self, key: PageKey) -> bool:
+        """Whether a page can be stored, or is, without loss of another."""
+        slots = self.slots
+        free = slots.n_free_arena or slots.n_free_disk or self.table.order.next("free") is not None
+        return key in self.table.pages or bool(free)
+
     def keys_after(self, after: PageKey | None, limit: int = ALL_KEYS) -> list[PageKey]:
         """Keys of held pages in order, from the one after `after` on."""
         keys = (key for key in self.table.pages if after is None or key > after)

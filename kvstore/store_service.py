@@ -14,15 +14,24 @@ import numpy as np
 
 from ..core.clock import Clock, SystemClock
 from ..core.config import StoreConfig
-from ..core.errors import Draining, FailedPrecondition, InvalidInput, LongreachError, NotFound
+from ..core.errors import (
+    Draining,
+    FailedPrecondition,
+    InvalidInput,
+    LongreachError,
+    NotFound,
+    StoreFull,
+)
 from ..core.page_key import PageKey, RecipeFingerprint
 from .arena import Arena, sweep
+from .membership import Membership
 from .page import (
     PageGeometry,
     checksums_from_wire,
     checksums_to_wire,
     page_checksums,
 )
+from .repairer import Repairer
 from .shard import HeldPage, OpenWrite, StoreShard
 from .transport import Buffer, Reply
 
@@ -97,6 +106,9 @@ class StoreService:
         self._faults = faults
         self._draining = False
         self._closed = False
+        settings = config or StoreConfig()
+        self._zone = settings.zone
+        self._repairer = Repairer(store_id, self.handle, settings.repair_bytes_per_s)
         self._methods: dict[str, Callable[[Header, Sequence[memoryview]], Reply]] = {
             "hello": self._hello,
             "lookup": self._lookup,
@@ -114,6 +126,9 @@ class StoreService:
             "stats": self._stats,
             "drain": self._drain,
             "health": self._health,
+            "list": self._list,
+            "members": self._members,
+            "repair_status": self._repair_status,
             "corrupt": self._corrupt,
         }
 
@@ -144,6 +159,7 @@ class StoreService:
     def close(self) -> None:
         """Removes the arena's name. Whoever has it mapped can go on reading."""
         self._closed = True
+        self._repairer.close()
         self._arena.close()
 
     def _now(self) -> float:
@@ -158,13 +174,17 @@ class StoreService:
                 "arena": str(self._arena.path),
                 "geometry": self.geometry.to_dict(),
                 "n_slots": self._arena.n_slots,
+                "zone": self._zone,
+                "weight": self._arena.n_slots * self.geometry.page_nbytes,
+                "draining": self._repairer.draining,
             }
         )
 
     def _lookup(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         keys = _keys(header)
         with self._lock:
-            return Reply({"held": self._shard.lookup(keys)})
+            # the epoch: whoever asks may drop its own copy if both know the same stores
+            return Reply({"held": self._shard.lookup(keys), "epoch": self._repairer.epoch})
 
     def _prepare_load(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         keys, owner, lease_s = _keys(header), _text(header, "owner"), _seconds(header)
@@ -217,6 +237,8 @@ class StoreService:
         if self._draining or self._closed:
             raise Draining(f"store {self.store_id} is draining and takes no new pages")
         with self._lock:
+            if not header.get("evict", True) and not self._shard.has_room(key):
+                raise StoreFull(f"store {self.store_id} has no free room for a page not in use")
             return self._shard.prepare_store(
                 key, parent, RecipeFingerprint(recipe), checksums, owner, self._now(), lease_s
             )
@@ -269,16 +291,22 @@ class StoreService:
         return Reply({})
 
     def _write(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
-        """prepare, copy and complete in one request, for writers on other nodes."""
+        """prepare, copy and complete in one request, for writers on other nodes. `pin` False leaves
+        the page unpinned, `evict` False takes it only into free room."""
         if len(buffers) != 1 or buffers[0].nbytes != self.geometry.page_nbytes:
             sizes = [buffer.nbytes for buffer in buffers]
             raise InvalidInput(f"write wants one page of {self.geometry.page_nbytes} B: {sizes}")
         begun = self._begin_store(header)
         if isinstance(begun, HeldPage):
-            return Reply({"held": _located(begun), "duplicate": True})
-        np.copyto(self._arena.slots[begun.page.slot], np.frombuffer(buffers[0], np.uint8))
-        page = self._finish_store(begun.write_id, begun.owner, _seconds(header))
-        return Reply({"held": _located(page), "duplicate": page is not begun.page})
+            page, duplicate = begun, True
+        else:
+            np.copyto(self._arena.slots[begun.page.slot], np.frombuffer(buffers[0], np.uint8))
+            page = self._finish_store(begun.write_id, begun.owner, _seconds(header))
+            duplicate = page is not begun.page
+        if not header.get("pin", True):
+            with self._lock:
+                self._shard.complete_load([page.key], _text(header, "owner"))
+        return Reply({"held": _located(page), "duplicate": duplicate})
 
     def _touch(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         keys = _keys(header)
@@ -287,8 +315,15 @@ class StoreService:
         return Reply({})
 
     def _drop(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
+        """`unpinned` True spares pages that somebody uses; with an `epoch` nothing is dropped under
+        another one: the pages may belong here by now."""
         keys = _keys(header)
         with self._lock:
+            if header.get("epoch") not in (None, self._repairer.epoch):
+                return Reply({"n_dropped": 0})
+            if header.get("unpinned"):
+                found = [self._shard.find(key) for key in keys]
+                keys = [page.key for page in found if page is not None and not page.n_pins]
             return Reply({"n_dropped": self._shard.drop(keys)})
 
     def _report_corrupt(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
@@ -316,11 +351,30 @@ class StoreService:
             return Reply({"n_unpinned": self._shard.release(owner, prefix)})
 
     def _stats(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
-        return Reply(dict(self.stats()))
+        return Reply({**self.stats(), **self._repairer.stats()})
 
     def _drain(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         self.drain()
         return Reply({})
+
+    def _list(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
+        """The pages after `after`, in key order, at most `limit`."""
+        after, limit = header.get("after"), _number(header, "limit")
+        with self._lock:
+            keys = self._shard.keys_after(after, limit)
+            found = [page for key in keys if (page := self._shard.find(key)) is not None]
+            pages = [{"key": p.key, "parent": p.parent_key, "n_pins": p.n_pins} for p in found]
+        return Reply({"pages": pages, "next": keys[-1] if len(keys) == limit else None})
+
+    def _members(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
+        """`membership`, `replicas`, `loss_age_s` (seconds since a store was lost, if one was)."""
+        membership = Membership.from_wire(header.get("membership"))
+        replicas, loss_age_s = _number(header, "replicas"), header.get("loss_age_s")
+        with self._lock:
+            return Reply(self._repairer.told(membership, replicas, loss_age_s))
+
+    def _repair_status(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
+        return Reply(self._repairer.status())
 
     def _health(self, header: Header, buffers: Sequence[memoryview]) -> Reply:
         state = "draining" if self._draining else "serving"
