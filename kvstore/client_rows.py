@@ -165,12 +165,16 @@ class PrivatePages:
         """One owner needs one page no more."""
         with self._lock:
             page = self._pages.get(key)
-            if page is None:
-                return
-            page.owners.discard(owner)
-            if not page.owners:
-                del self._pages[key]
-                self._free(page)
+            if page is not None:
+                page.owners.discard(owner)
+                if not page.owners:
+                    del self._pages[key]
+                    self._free(page)
+            for page in [page for page in self._spoiled if page.handle.key == key]:
+                page.owners.discard(owner)
+                if not page.owners:
+                    self._spoiled.remove(page)
+                    self._free(page)
 
     def spoil(self, handle: PageHandle) -> None:
         """The bytes went bad: nobody else gets this copy; its slot is free when its rows are."""

@@ -100,9 +100,11 @@ class FetchPlan:
         if here is None or key not in self._missing:
             return False
         del self._missing[key]
+        owed = key in here.waiting
         for other in self._open.values():
             other.waiting.pop(key, None)
-        self._decide_race(here, key)
+        if owed:  # a page that it lost before is welcome, but turns nothing round
+            self._decide_race(here, key)
         return True
 
     def bad(self, number: int, key: PageKey, *, lacking: bool) -> None:

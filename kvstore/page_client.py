@@ -19,6 +19,7 @@ from .page import Bytes, PageGeometry
 from .page_fetch import FetchParts
 from .page_loader import PageLoader
 from .page_storer import PageStorer
+from .prefetcher import Prefetcher
 from .store_link import WrapChannel
 from .store_pool import Counters, StorePool
 
@@ -29,6 +30,7 @@ N_STORE_THREADS = 4
 N_CALL_THREADS = 32
 """At most; a share of a batch that waits for a silent store keeps one."""
 WRITE_BEHIND_BYTES = 256 << 20
+PREFETCH_BYTES = 64 << 20
 MAINTENANCE_S = 2.0
 
 
@@ -57,12 +59,13 @@ class PageClient:
         wrap_channel: WrapChannel | None = None,
         hedge: bool = True,
         write_behind_bytes: int = WRITE_BEHIND_BYTES,
+        prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
         """channels: the stores, or only their addresses by id. owner: unique among the clients of the
         stores; a store frees all pins of `owner` on `release` with prefix. timeout_s: of one call, and
         of one batch of pages. force_wire: treat every store as if it were on another node. hedge: ask
         a replica too when a store is silent for long. write_behind_bytes: pages whose store may be
-        waiting or running; more make `store` wait."""
+        waiting or running; more make `store` wait. prefetch_bytes: pages held for no row yet."""
         if replicas < 1:
             raise InvalidInput(f"replicas must be at least 1, got {replicas}")
         self.geometry = geometry
@@ -92,6 +95,15 @@ class PageClient:
             Hedging(hedge),
         )
         self._loader = PageLoader(parts, replicas, timeout_s)
+        self._prefetcher = Prefetcher(
+            self._loader,
+            self._pool,
+            self._memory,
+            self._private,
+            self._counters,
+            owner,
+            prefetch_bytes,
+        )
         self._storer = PageStorer(
             self._pool,
             self._memory,
@@ -126,11 +138,17 @@ class PageClient:
         """
         state = self._enter(row)
         try:
-            found = self._loader.load(keys, state, timeout_s, cancellable=True)
+            with self._prefetcher.acquiring(keys):
+                found = self._loader.load(keys, state, timeout_s, cancellable=True)
             self._counters.add(pages_loaded=len(found))
             return [found.get(key) for key in keys]
         finally:
             self._leave(state)
+
+    def prefetch(self, keys: Sequence[PageKey]) -> None:
+        """A hint that these pages will be acquired soon, the first of them first: pages of other nodes
+        are fetched behind, the kernel reads those on this node's disk. Never waits."""
+        self._prefetcher.hint(keys)
 
     def store(self, key: PageKey, parent_key: PageKey, page: Bytes, row: str) -> Future[PageHandle]:
         """Write-behind. The future resolves when min(replicas, live stores) hold the page, to a
@@ -240,6 +258,7 @@ class PageClient:
         if self._closing.is_set():
             return
         self._closing.set()
+        self._prefetcher.close()
         self._rows.cancel_all()
         self._stores.shutdown(wait=True, cancel_futures=True)
         self._keeper.join(timeout=self._timeout_s)
