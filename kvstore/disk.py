@@ -50,7 +50,8 @@ class DiskTier:
     def open(
         cls, path: Path, geometry: PageGeometry, disk_bytes: int, lock_timeout_s: float
     ) -> DiskTier:
-        """The file, made if need be, as long as disk_bytes allow.
+        """The file, made if need be and locked. Its length is left to `fit`: whoever finds that it is
+        another model's leaves it as it was.
 
         Raises ConfigError if not even one page fits or the directory cannot be written,
         FailedPrecondition if another process has the file for longer than lock_timeout_s.
@@ -70,16 +71,19 @@ class DiskTier:
             ) from exc
         try:
             _lock(fd, path, lock_timeout_s)
-            # nobody reads beyond the end: workers of another configuration have ended. What a
-            # truncated file has lost reads as zeros, which no checksum allows
-            os.ftruncate(fd, n_slots * geometry.page_nbytes)
-            return cls(path, geometry, n_slots, fd)
-        except OSError as exc:
-            os.close(fd)
-            raise ConfigError(f"store.disk_dir: {path}: {exc}", path="store.disk_dir") from exc
         except BaseException:
             os.close(fd)
             raise
+        return cls(path, geometry, n_slots, fd)
+
+    def fit(self) -> None:
+        """Makes the file as long as its slots, without taking space. What a truncated file has lost
+        reads as zeros then, which no checksum allows. Raises ConfigError."""
+        try:
+            # workers that mapped a longer file belong to another configuration and have ended
+            os.ftruncate(self._fd, self.n_slots * self.geometry.page_nbytes)
+        except OSError as exc:
+            raise ConfigError(f"store.disk_dir: {self.path}: {exc}", path="store.disk_dir") from exc
 
     def reserve(self, slot: int) -> bool:
         """Takes space for a slot; False if the disk is full. Raises OSError if it fails."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 from ..core.errors import StoreFull
 from ..core.page_key import PageKey, RecipeFingerprint
@@ -18,6 +19,8 @@ from .page import Checksums
 from .page_slots import PageSlots
 
 logger = logging.getLogger(__name__)
+
+BadReason = Literal["corrupt", "unreadable"]
 
 DISK_PAUSE_S = 5.0
 """After an error the disk takes no new pages for so long."""
@@ -135,13 +138,16 @@ class PageTable:
         self.counters["demotions"] += 1
         self.settle(page)
 
-    def bad_copy(self, page: HeldPage, slot: int) -> None:
-        """One of a page's copies has wrong bytes. A backup takes the place of a bad page, to be
-        checked when it is used."""
+    def bad_copy(self, page: HeldPage, slot: int, reason: BadReason = "corrupt") -> None:
+        """One of a page's copies has wrong bytes or cannot be read. A backup takes the place of a bad
+        page, to be checked when it is used."""
         if page.dropped or slot not in (page.slot, page.backup):
             return
-        self.counters["corrupt_detected"] += 1
-        self.counters[f"corrupt_{self.slots.tier(slot)}"] += 1
+        if reason == "corrupt":
+            self.counters["corrupt_detected"] += 1
+            self.counters[f"corrupt_{self.slots.tier(slot)}"] += 1
+        else:
+            self.counters["disk_errors"] += 1
         backup = page.backup
         if slot == backup:
             self._give_up_backup(page)

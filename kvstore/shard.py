@@ -22,6 +22,7 @@ from .arena import Arena
 from .disk import DiskTier
 from .disk_index import DiskIndex
 from .page import Checksums, page_checksums
+from .page_checks import BadCopy
 from .page_slots import PageSlots
 from .page_table import HeldPage, PageTable
 from .tier_moves import TierMoves
@@ -223,10 +224,10 @@ class StoreShard:
             self.table.settle(page)
         return page
 
-    def end_check(self, page: HeldPage, bad_slots: Iterable[int]) -> None:
-        """bad_slots: of its copies, those with wrong bytes."""
-        for slot in bad_slots:
-            self.table.bad_copy(page, slot)
+    def end_check(self, page: HeldPage, bad: Iterable[BadCopy]) -> None:
+        """bad: of its copies, those that are no good."""
+        for copy in bad:
+            self.table.bad_copy(page, copy.slot, copy.reason)
         page.n_movers -= 1
         self.table.settle(page)
 

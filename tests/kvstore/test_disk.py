@@ -22,6 +22,7 @@ N = GEOMETRY.page_nbytes
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[DiskTier]:
     tier = DiskTier.open(tmp_path / "deep" / "s.pages", GEOMETRY, 8 * N + 5, 1.0)
+    tier.fit()
     yield tier
     tier.close()
 
@@ -111,6 +112,7 @@ def test_a_truncated_file_reads_as_zeros_and_never_ends_early(disk: DiskTier) ->
     with disk.path.open("r+b") as file:
         file.truncate(6 * N + 100)
     again = DiskTier.open(disk.path, GEOMETRY, 8 * N, 1.0)
+    again.fit()
     assert read(again, 6) == page_of(1)[:100].tobytes() + bytes(N - 100)
     assert not any(read(again, 7))
     with again.path.open("r+b") as file:  # while it is open: an error, not zeros
