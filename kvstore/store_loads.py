@@ -33,17 +33,23 @@ class StoreLoads:
     def read(self, header: Header) -> Iterator[Reply]:
         """One reply per key, in order: the page's bytes, or `found` False. Every page read stays
         pinned for the owner until it says complete_load or release, because its bytes are sent
-        from the arena itself."""
+        from the arena itself. A reader that goes away early has released all of them."""
         keys, owner, lease_s = keys_of(header), text_of(header, "owner"), lease_of(header)
         n_left = self._core.config.promote_pages
-        for key in keys:
-            n_left -= self._promote([key], min(n_left, 1))
-            page = self._load(key, owner, lease_s)
-            checked = None if page is None else self._checked(page, owner, lease_s)
-            if checked is None:
-                yield Reply({"found": False})
-            else:
-                yield Reply({"found": True, **located(checked[0])}, [checked[1].data])
+        try:
+            for key in keys:
+                n_left -= self._promote([key], min(n_left, 1))
+                page = self._load(key, owner, lease_s)
+                checked = None if page is None else self._checked(page, owner, lease_s)
+                if checked is None:
+                    yield Reply({"found": False})
+                else:
+                    yield Reply({"found": True, **located(checked[0])}, [checked[1].data])
+        except GeneratorExit:
+            # its own release may have overtaken the last pin
+            with self._core.lock:
+                self._core.shard.release(owner)
+            raise
 
     def _pin(
         self, keys: list[PageKey], owner: str, lease_s: float, verify: bool
