@@ -123,8 +123,9 @@ class KvServicer(kv_pb2_grpc.KvServicer):
                 status = _call(self._stores(request.store_id)[request.store_id], "repair_status")
                 heard_s = time.monotonic()
                 update.drained = bool(status["drained"]) and int(status["epoch"]) >= epoch
-                for name in ("to_move", "pages_pushed", "bytes_pushed"):
-                    setattr(update, name, int(status.get(name, 0)))
+                update.to_move = int(status["to_move"]) + int(status["under_replicated"])
+                update.pages_pushed = int(status["pages_pushed"])
+                update.bytes_pushed = int(status["bytes_pushed"])
             except LongreachError as exc:
                 if request.wait and time.monotonic() - heard_s > silence_s:
                     raise

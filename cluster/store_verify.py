@@ -17,7 +17,8 @@ MAX_LISTED = 1000
 """Bad pages of one store that are named; all are counted."""
 UPDATE_S = 0.25
 
-_Item = tuple[str, dict[str, Any] | LongreachError | None]
+_Item = tuple[str, tuple[int, list[pb.BadPage]] | LongreachError | None]
+"""Of a store: pages checked and those that were bad; its failure; its end."""
 
 
 def verify_stores(
@@ -48,16 +49,12 @@ def verify_stores(
                 elif isinstance(item, LongreachError):
                     state.error, state.done = told(item), True
                 else:
-                    state.checked = int(item["checked"])
-                    state.bad += len(item["bad"])
-                    for page in item["bad"][: MAX_LISTED - n_listed[store_id]]:
-                        n_listed[store_id] += 1
-                        update.bad.add(
-                            store_id=store_id,
-                            key=page["key"].hex(),
-                            tier=page["tier"],
-                            reason=page["reason"],
-                        )
+                    n_checked, bad = item
+                    state.checked += n_checked
+                    state.bad += len(bad)
+                    listed = bad[: MAX_LISTED - n_listed[store_id]]
+                    n_listed[store_id] += len(listed)
+                    update.bad.extend(listed)
             update.stores.extend(states.values())
             yield update
             if all(state.done for state in states.values()):
@@ -84,7 +81,14 @@ def _read(
             for reply in replies:
                 if gone.is_set():
                     return
-                items.put((store_id, reply.header))
+                bad = [_bad_page(store_id, page) for page in reply.header["bad"]]
+                items.put((store_id, (int(reply.header["checked"]), bad)))
         items.put((store_id, None))
     except Exception as exc:
         items.put((store_id, as_longreach_error(exc)))
+
+
+def _bad_page(store_id: str, page: Mapping[str, Any]) -> pb.BadPage:
+    return pb.BadPage(
+        store_id=store_id, key=page["key"].hex(), tier=page["tier"], reason=page["reason"]
+    )

@@ -67,8 +67,8 @@ _BYTES = (
     _Metric("longreach_kv_capacity_bytes", "Bytes of page slots", "{tier}_slots"),
 )
 _FAILURES = _Metric("longreach_kv_failures_total", "Failed operations", "failed")
-_FAILED = re.compile(r"(?:(?P<phase>[a-z]+)_)?failed_(?P<reason>\w+)")
-"""A store counts a failure as failed_<reason>, or <phase>_failed_<reason>."""
+_FAILED = re.compile(r"(?P<phase>[a-z]+)_fail(?:ed|ures)_(?P<reason>\w+)")
+"""How a store names its counts of failures, e.g. repair_failures_store_full."""
 
 
 def families(stats: Mapping[str, Numbers | None], page_bytes: int) -> Iterable[Family]:
@@ -84,11 +84,15 @@ def families(stats: Mapping[str, Numbers | None], page_bytes: int) -> Iterable[F
         yield _family(metric, known, page_bytes)
     failures = _new(_FAILURES, ["store", "phase", "reason"])
     for store, numbers in known.items():
-        for name, value in numbers.items():
-            found = _FAILED.fullmatch(name)
-            if found is not None and isinstance(value, int | float):
-                failures.add_metric([store, found["phase"] or "", found["reason"]], value)
+        for (phase, reason), value in failures_of(numbers).items():
+            failures.add_metric([store, phase, reason], value)
     yield failures
+
+
+def failures_of(numbers: Numbers) -> dict[tuple[str, str], float]:
+    """A store's counts of failed operations by (phase, reason)."""
+    named = ((_FAILED.fullmatch(name), value) for name, value in numbers.items())
+    return {(found["phase"], found["reason"]): value for found, value in named if found}
 
 
 def tiered(numbers: Numbers) -> Numbers:

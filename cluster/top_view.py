@@ -19,7 +19,7 @@ from .client import Client
 from .proto import admin_pb2, jobs_pb2, kv_pb2
 from .render import human_bytes, human_count, human_seconds, state_name
 from .render_kv import hit_rate, share, stat_dict
-from .tier_metrics import tiered
+from .tier_metrics import failures_of, tiered
 
 MAX_JOBS = 8
 """Jobs shown; the rest is counted."""
@@ -157,7 +157,7 @@ def _stores(frame: Frame, last: Frame | None) -> Table:
         numbers = tiered(store.numbers)
         few = numbers.get("repair_under_replicated", 0)
         pushed = human_bytes(numbers.get("repair_bytes_pushed", 0))
-        failed = sum(value for name, value in numbers.items() if "failed_" in name)
+        failed = sum(failures_of(numbers).values())
         failed += sum(numbers.get(name, 0) for name in ("corrupt_arena", "corrupt_disk"))
         failed += numbers.get("disk_errors", 0)
         table.add_row(

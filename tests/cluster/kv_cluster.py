@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 
 from longreach.cluster.client import Client
 from longreach.cluster.gateway import Gateway
-from longreach.core.errors import InvalidInput
 from longreach.core.page_key import ROOT_KEY, PageKey, Recipe, page_keys
 from longreach.kvstore.page import Bytes
 from longreach.kvstore.page_client import PageClient
@@ -56,6 +55,8 @@ class Store:
         self.real = StoreService(store_id, "local", str(arena_dir), GEOMETRY, n_bytes, faults=True)
         self.answers: dict[str, dict[str, Any]] = {}
         """By method: what is answered instead."""
+        self.streams: dict[str, Iterable[dict[str, Any]]] = {}
+        """By method: what is streamed instead."""
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.awake = threading.Event()
         self.awake.set()
@@ -65,9 +66,20 @@ class Store:
     ) -> Reply | Iterator[Reply]:
         self.awake.wait(30)
         self.asked.append((method, header))
+        if method in self.streams:
+            return self._stream(method)
         if method in self.answers:
             return Reply(self.answers[method])
         return self.real.handle(method, header, buffers)
+
+    def _stream(self, method: str) -> Iterator[Reply]:
+        headers = iter(self.streams[method])
+        try:
+            for header in headers:
+                yield Reply(header)
+        finally:
+            if isinstance(headers, Generator):
+                headers.close()
 
     def close(self) -> None:
         self.awake.set()
@@ -184,13 +196,3 @@ def page_of(key: PageKey) -> Bytes:
 def flip(store: Store, key: PageKey, leaf: int = 0) -> None:
     """One byte of a held page, behind the store's back."""
     store.real.handle("corrupt", {"key": key, "leaf": leaf}, [])
-
-
-def no_method(store: Store, method: str) -> bool:
-    try:
-        store.real.handle(method, {}, [])
-    except InvalidInput as exc:
-        return "no method" in exc.message
-    except Exception:
-        return False
-    return False
