@@ -1,5 +1,5 @@
-"""The memories a worker reads pages from: mapped arenas of stores on its node, and private slots for
-pages that came from elsewhere."""
+"""The memories a worker reads pages from: mapped arenas and disk files of stores on its node, and private
+slots for pages that came from elsewhere."""
 
 from __future__ import annotations
 
@@ -38,22 +38,23 @@ class ClientMemory:
     def __init__(self, geometry: PageGeometry) -> None:
         self.geometry = geometry
         self.memories: list[Bytes] = []
-        self._arenas: dict[str, int] = {}
+        self._mapped: dict[str, int] = {}
         self._private: list[int] = []
         self._free: list[tuple[int, int]] = []
         self._lock = threading.Lock()
 
-    def index_of(self, incarnation: str) -> int | None:
-        """Index of the arena of a store's incarnation, if it is mapped."""
-        return self._arenas.get(incarnation)
+    def index_of(self, name: str) -> int | None:
+        """Index of the memory that was added under this name."""
+        return self._mapped.get(name)
 
-    def add(self, incarnation: str, slots: Bytes) -> int:
-        """A mapped arena, uint8 [n_slots, page_nbytes]. Returns its index."""
+    def add(self, name: str, slots: Bytes) -> int:
+        """A mapped arena or disk file, uint8 [n_slots, page_nbytes]. Returns its index. name: of the
+        store's incarnation and which of the two it is."""
         with self._lock:
-            if incarnation not in self._arenas:
+            if name not in self._mapped:
                 self.memories.append(slots.reshape(-1))
-                self._arenas[incarnation] = len(self.memories) - 1
-            return self._arenas[incarnation]
+                self._mapped[name] = len(self.memories) - 1
+            return self._mapped[name]
 
     def page(self, memory: int, slot: int) -> Bytes:
         """uint8 [page_nbytes], a view."""

@@ -187,7 +187,7 @@ class PageClient:
             link = self._pool.links.get(handle.store_id)
             try:
                 if link is not None and link.live:
-                    link.report_corrupt(handle.key, self._memory.slot_of(handle))
+                    link.report_corrupt(handle.key)
             except LongreachError as exc:
                 logger.warning("a corrupt page could not be reported: %s", exc.message)
         replacement: PageHandle | None = None

@@ -378,7 +378,7 @@ class Fetch:
         self._bad(run, key, fault)
         logger.warning("store %s has a corrupt copy of %s", link.store_id, key.hex()[:16])
         try:
-            link.report_corrupt(key, copy.slot)
+            link.report_corrupt(key)
         except LongreachError as exc:
             logger.warning("the corrupt copy could not be reported: %s", exc.message)
         return False

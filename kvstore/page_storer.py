@@ -145,7 +145,7 @@ class PageStorer:
             return self._bytes_of(handle)
         if self._loader.verify(copy.memory, copy.slot, copy.checksums):
             return self._memory.page(copy.memory, copy.slot)
-        link.report_corrupt(key, copy.slot)
+        link.report_corrupt(key)
         return None
 
     def _keep_private(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 
 from ..core.clock import Clock
@@ -16,13 +15,14 @@ from ..core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     LongreachError,
+    StoreFull,
     StoreUnreachable,
     Unavailable,
     error_from_wire,
 )
 from ..core.page_key import PageKey, RecipeFingerprint
-from .arena import Arena
 from .client_memory import ClientMemory
+from .greeting import Greeting, map_store
 from .page import Bytes, Checksums, PageGeometry, checksums_from_wire, checksums_to_wire
 from .transport import Buffer, Channel, Reply, ReplyStream, connect
 
@@ -40,19 +40,14 @@ MAX_REPLY_BYTES = 4 << 20
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Copy:
-    """A page held by a store. memory: index of the mapped arena, None if only the wire reaches it."""
+    """A page held by a store. memory: index of the mapped arena or disk, with the page's slot there;
+    None if only the wire reaches it (slot is the store's own number then)."""
 
     memory: int | None
     slot: int
     checksums: Checksums
     recipe: RecipeFingerprint
     duplicate: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Hello:
-    incarnation: str
-    memory: int | None
 
 
 class StoreLink:
@@ -81,7 +76,7 @@ class StoreLink:
         self._clock = clock
         channel = connect(address)
         self._channel = wrap_channel(store_id, channel) if wrap_channel else channel
-        self._hello: _Hello | None = None
+        self._hello: Greeting | None = None
         self._hello_lock = threading.Lock()
         self._down_until_s = float("-inf")
         self._n_failures_in_a_row = 0
@@ -159,10 +154,10 @@ class StoreLink:
         for first in range(0, len(keys), self._keys_per_call):
             part = list(keys[first : first + self._keys_per_call])
             header = {"keys": part, "owner": owner, "lease_s": lease_s, "verify": False}
-            pages, memory = self._call_on_pages(
+            pages, hello = self._call_on_pages(
                 "prepare_load", header, n_attempts=2, timeout_s=timeout_s
             )
-            copies += [self._copy(page, memory) if page is not None else None for page in pages]
+            copies += [self._copy(page, hello) if page is not None else None for page in pages]
         return copies
 
     def read(
@@ -210,24 +205,26 @@ class StoreLink:
         if not self.mapped:
             reply = self.call("write", {**entry, **lease}, [page.data])
             return self._copy(reply.header["held"], None, bool(reply.header["duplicate"]))
-        (begun,), memory = self._call_on_pages("prepare_store", {"pages": [entry], **lease})
+        (begun,), hello = self._call_on_pages("prepare_store", {"pages": [entry], **lease})
         if "failed" in begun:
             raise error_from_wire(begun["failed"])
         if "held" in begun:
-            return self._copy(begun["held"], memory, duplicate=True)
-        assert memory is not None
-        np.copyto(self._memory.page(memory, begun["slot"]), page)
-        (done,), memory = self._call_on_pages(
+            return self._copy(begun["held"], hello, duplicate=True)
+        try:
+            hello.fill(self._memory, begun["slot"], page)
+        except OSError as exc:
+            self.call("abort_store", {"write_id": begun["write_id"], "owner": owner}, n_attempts=2)
+            raise StoreFull(f"the disk of store {self.store_id} takes no page: {exc}") from exc
+        (done,), hello = self._call_on_pages(
             "complete_store", {"writes": [begun["write_id"]], **lease}
         )
         if "failed" in done:
             raise error_from_wire(done["failed"])
-        copy = self._copy(done["held"], memory)
-        same_slot = copy.slot == begun["slot"]
-        return copy if same_slot else self._copy(done["held"], memory, duplicate=True)
+        return self._copy(done["held"], hello, duplicate=done["held"]["slot"] != begun["slot"])
 
-    def report_corrupt(self, key: PageKey, slot: int) -> None:
-        self.call("report_corrupt", {"key": key, "slot": slot}, n_attempts=2)
+    def report_corrupt(self, key: PageKey) -> None:
+        """A copy of the page there is bad; the store looks for itself, and drops what is."""
+        self.call("report_corrupt", {"key": key}, n_attempts=2)
 
     def release(self, owner: str) -> None:
         """Best effort: a store that cannot be reached lets the lease run out."""
@@ -239,7 +236,7 @@ class StoreLink:
         reply = self.call("renew", {"owners": owners, "lease_s": lease_s}, n_attempts=2)
         return [str(owner) for owner in reply.header["ended"]]
 
-    def _ready(self) -> _Hello:
+    def _ready(self) -> Greeting:
         hello = self._hello
         if hello is not None:
             return hello
@@ -250,8 +247,7 @@ class StoreLink:
                 self._hello = self._map(reply.header)
             return self._hello
 
-    def _map(self, header: dict[str, Any]) -> _Hello:
-        incarnation = str(header["incarnation"])
+    def _map(self, header: dict[str, Any]) -> Greeting:
         geometry = PageGeometry.from_dict(header["geometry"])
         if geometry != self._memory.geometry:
             error = FailedPrecondition(
@@ -260,17 +256,8 @@ class StoreLink:
             )
             raise self._failed("hello", error) from error
         if self._force_wire or header["node_id"] != self._node_id:
-            return _Hello(incarnation, None)
-        mapped = self._memory.index_of(incarnation)
-        if mapped is not None:
-            return _Hello(incarnation, mapped)
-        try:
-            arena = Arena.open(header["arena"], geometry, int(header["n_slots"]))
-        except FailedPrecondition as exc:
-            # the same node by name, but another mount of the arena directory (a container)
-            logger.warning("store %s is read over the wire: %s", self.store_id, exc.message)
-            return _Hello(incarnation, None)
-        return _Hello(incarnation, self._memory.add(incarnation, arena.slots))
+            return Greeting(str(header["incarnation"]))
+        return map_store(self.store_id, header, self._memory)
 
     def _call_on_pages(
         self,
@@ -278,22 +265,24 @@ class StoreLink:
         header: dict[str, Any],
         n_attempts: int = 1,
         timeout_s: float | None = None,
-    ) -> tuple[list[Any], int | None]:
-        """The reply's pages and the memory that their slots belong to. Slots mean nothing in
+    ) -> tuple[list[Any], Greeting]:
+        """The reply's pages and the greeting that their slots belong to. Slots mean nothing in
         another incarnation's arena, so a store that restarted is greeted again."""
         for _ in range(2 if method == "prepare_load" else 1):
             hello = self._ready()
             reply = self.call(method, header, n_attempts=n_attempts, timeout_s=timeout_s)
             if reply.header["incarnation"] == hello.incarnation:
-                return reply.header["pages"], hello.memory
+                return reply.header["pages"], hello
             with self._hello_lock:
                 if self._hello is hello:
                     self._hello = None
         raise StoreUnreachable(f"store {self.store_id} restarted during {method}; try again")
 
-    def _copy(self, page: dict[str, Any], memory: int | None, duplicate: bool = False) -> Copy:
+    def _copy(self, page: dict[str, Any], hello: Greeting | None, duplicate: bool = False) -> Copy:
+        """hello None: the page came over the wire."""
         checksums = checksums_from_wire(page["checksums"], self._memory.geometry)
-        return Copy(memory, page["slot"], checksums, RecipeFingerprint(page["recipe"]), duplicate)
+        memory, slot = (None, page["slot"]) if hello is None else hello.place(page["slot"])
+        return Copy(memory, slot, checksums, RecipeFingerprint(page["recipe"]), duplicate)
 
     def _failed(self, method: str, exc: LongreachError) -> StoreUnreachable:
         self.n_failures += 1
