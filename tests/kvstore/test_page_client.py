@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from longreach.core.errors import (
 )
 from longreach.kvstore.page import PageGeometry
 from longreach.kvstore.placement import rendezvous
+from longreach.kvstore.store_service import StoreService
 
 from .kv_helpers import GEOMETRY, ROOT, Stores, bytes_at, check, key_of, page_of, put, take
 
@@ -244,6 +247,42 @@ def test_backpressure_has_a_deadline(pair: Stores) -> None:
     finally:
         for service in pair.services.values():
             service._lock.release()
+    client.close()
+
+
+def test_slow_stores_slow_the_writer(pair: Stores) -> None:
+    """Prefill waits for room instead of failing, and pages under way stay within their bytes."""
+    most = [0]
+
+    def slowly(service: StoreService) -> None:
+        inner = service.handle
+
+        def handle(method: str, header: dict[str, Any], buffers: Sequence[memoryview]) -> Any:
+            if method == "prepare_store":
+                time.sleep(0.05)
+                most[0] = max(most[0], int(client.stats()["write_behind_bytes"]))
+            return inner(method, header, buffers)
+
+        service.handle = handle  # type: ignore[method-assign]
+
+    for service in pair.services.values():
+        slowly(service)
+    client = pair.client(write_behind_bytes=5 * GEOMETRY.page_nbytes, timeout_s=1.0)
+    start_s = time.monotonic()
+    futures = [client.store(key_of(i), ROOT, page_of(i), "row") for i in range(40)]
+    submitted_s = time.monotonic() - start_s
+    for i, future in enumerate(futures):
+        check(client, [future.result(10)], i)
+    # four writers, two stores each: 40 pages take a second, of which the last five are not waited for
+    assert submitted_s > 0.7
+    assert GEOMETRY.page_nbytes < most[0] <= 5 * GEOMETRY.page_nbytes
+    assert client.stats()["write_behind_bytes"] == 0
+    client.close()
+
+
+def test_a_page_larger_than_the_bound_goes_alone(pair: Stores) -> None:
+    client = pair.client(write_behind_bytes=1)
+    check(client, put(client, range(5)))
     client.close()
 
 
