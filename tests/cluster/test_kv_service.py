@@ -17,10 +17,10 @@ from longreach.core.errors import (
     NotFound,
     Unavailable,
 )
-from longreach.core.page_key import ROOT_KEY
+from longreach.core.page_key import ROOT_KEY, PageKey
 
 from .fakes import GEOMETRY
-from .kv_cluster import DOCUMENT, N_PAGES, KvCluster, page_of
+from .kv_cluster import DOCUMENT, N_PAGES, KvCluster, Store, flip, page_of
 
 pytestmark = pytest.mark.timeout(60)
 OTHER = DOCUMENT.replace("word", "term")
@@ -86,6 +86,45 @@ def test_verify_streams_counts_and_bad_pages(cluster: KvCluster) -> None:
     found = [page for update in updates for page in update.bad]
     assert sorted(page.store_id for page in found) == ["store-1", "store-2", "store-2"]
     assert {(page.key, page.tier, page.reason) for page in found} == {("ab" * 32, "disk", "leaf 3")}
+
+
+def test_verify_finds_what_was_flipped_behind_the_stores_back(cluster: KvCluster) -> None:
+    cluster.read()
+    keys = cluster.keys()
+    flipped = set()
+    for name, store in cluster.stores.items():
+        if store.real.stats()["pages_held"]:
+            held = next(key for key in keys if holds(store, key))
+            flip(store, held, leaf=1)
+            flipped.add((name, held.hex()))
+    assert len(flipped) > 1
+    updates = list(cluster.client.kv.verify())
+    assert sum(state.checked for state in updates[-1].stores) == 2 * N_PAGES
+    assert sum(state.bad for state in updates[-1].stores) == len(flipped)
+    assert {(page.store_id, page.key) for u in updates for page in u.bad} == flipped
+    assert {page.tier for u in updates for page in u.bad} == {"arena"}
+    # they are gone; what is left is good
+    again = list(cluster.client.kv.verify())[-1]
+    assert sum(state.bad for state in again.stores) == 0
+    assert sum(state.checked for state in again.stores) == 2 * N_PAGES - len(flipped)
+
+
+def holds(store: Store, key: PageKey) -> bool:
+    reply = store.real.handle("lookup", {"keys": [key]}, [])
+    return bool(reply.header["held"][0])  # type: ignore[union-attr]
+
+
+def test_a_scrub_that_is_started_checks_every_page(cluster: KvCluster) -> None:
+    cluster.read()
+    cluster.client.kv.scrub(start=True)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        stores = cluster.client.kv.scrub().stores
+        if sum(store.pages_checked for store in stores) == 2 * N_PAGES:
+            break
+        time.sleep(0.05)
+    assert sum(store.pages_checked for store in stores) == 2 * N_PAGES
+    assert not any(store.bad or store.error for store in stores)
 
 
 def test_verify_of_one_store_asks_no_other(cluster: KvCluster) -> None:
