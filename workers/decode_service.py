@@ -63,6 +63,7 @@ class DecodeService:
         model = load_model(config.model, directory)
         geometry = model_geometry(config)
         recipe = recipe_for(config).fingerprint()
+        self._link_faults = channel_faults(config.faults, worker_id)
         self._client = PageClient(
             stores,
             geometry,
@@ -72,7 +73,10 @@ class DecodeService:
             timeout_s=config.store.timeout_s,
             node_id=node_id,
             owner=f"{worker_id}/{uuid.uuid4().hex[:8]}",
-            wrap_channel=channel_faults(config.faults, worker_id),
+            wrap_channel=self._link_faults,
+            hedge=config.store.hedge,
+            write_behind_bytes=config.store.write_behind_bytes,
+            prefetch_bytes=config.store.prefetch_bytes,
         )
         self._client.release_former(f"{worker_id}/")
         policies = policies_of(config, geometry.n_layers)
@@ -187,6 +191,8 @@ class DecodeService:
             "bank_slots_used": self._engine.flow.memory.n_used,
         }
         stats.update({f"store_{k}": v for k, v in self._client.stats().items()})
+        if self._link_faults is not None:
+            stats.update(self._link_faults.stats())
         return Reply(stats)
 
     def _do_drain(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:

@@ -146,6 +146,8 @@ class Engine:
         )
         for row in plan.admit:
             self._guard([row], lambda r=row: self._open(r))
+        for row in plan.queued:
+            self.flow.prefetch(row)
         if plan.decode:
             self._guard(plan.decode, lambda: self._decode(plan.decode))
         prefill = plan.prefill

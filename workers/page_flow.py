@@ -118,6 +118,13 @@ class PageFlow:
             self._client.release(row.lease)
         return [(h.key, h) for h in handles[:n_good] if h is not None]
 
+    def prefetch(self, row: Row) -> None:
+        """A row waits for its admission: bring its leading pages near meanwhile. Once per row."""
+        if self._client is None or row.prefetched:
+            return
+        row.prefetched = True
+        self._client.prefetch([key for key in row.keys if key not in self.pages.page_of_key])
+
     def is_settled(self, key: PageKey) -> bool:
         """Whether a page that a row waits for is complete, or nobody computes it any more."""
         return key not in self._claims

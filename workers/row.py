@@ -111,6 +111,8 @@ class Row:
     prefill_started_s: float | None = None
     wait_key: PageKey | None = None
     cancelled: bool = False
+    prefetched: bool = False
+    """Its leading pages were announced to the stores while it was queued."""
 
     @property
     def row_id(self) -> str:

@@ -12,13 +12,19 @@ GROUP_PAGES = 8
 """Most pages that one segment of attention touches."""
 
 
+PREFETCH_ROWS = 2
+"""Queued rows whose pages are fetched before they are admitted."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows to open, rows that decode one token together, and the row that prefills one chunk."""
+    """Rows to open, rows that decode one token together, the row that prefills one chunk, and rows
+    that are next in the queue."""
 
     admit: tuple[Row, ...]
     decode: tuple[Row, ...]
     prefill: Row | None
+    queued: tuple[Row, ...] = ()
 
 
 def plan_step(rows: Sequence[Row], max_rows: int, is_ready: Callable[[Row], bool]) -> StepPlan:
@@ -29,13 +35,15 @@ def plan_step(rows: Sequence[Row], max_rows: int, is_ready: Callable[[Row], bool
     """
     active = [r for r in rows if r.state in (RowState.PREFILL, RowState.DECODE, RowState.WAITING)]
     room = max_rows - len(active)
-    admit = [r for r in rows if r.state is RowState.QUEUED][: max(room, 0)]
+    queued = [r for r in rows if r.state is RowState.QUEUED]
+    admit, queued = queued[: max(room, 0)], queued[max(room, 0) :]
     admit += [r for r in active if r.state is RowState.WAITING and is_ready(r)]
     prefilling = [r for r in active if r.state is RowState.PREFILL]
     return StepPlan(
         admit=tuple(sorted(admit, key=lambda r: r.order)),
         decode=tuple(r for r in active if r.state is RowState.DECODE),
         prefill=min(prefilling, key=lambda r: r.order, default=None),
+        queued=tuple(queued[:PREFETCH_ROWS]),
     )
 
 

@@ -103,3 +103,10 @@ def test_the_smallest_bank_is_sink_window_and_eight_pages() -> None:
 )
 def test_query_blocks(start: int, end: int, question: int, want: list[tuple[int, int]]) -> None:
     assert query_blocks(start, end, question, 16) == want
+
+
+def test_the_next_rows_in_the_queue_are_named() -> None:
+    rows = [row(0, RowState.DECODE), *(row(i, RowState.QUEUED) for i in range(1, 6))]
+    plan = plan_step(rows, 2, lambda r: True)
+    assert [r.order for r in plan.admit] == [1]
+    assert [r.order for r in plan.queued] == [2, 3]
