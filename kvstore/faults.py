@@ -1,4 +1,4 @@
-"""Shells that make a fault plan real: around a service, around a client's channel, at a disk tier.
+"""Shells that make a fault plan real: around a service and at a disk tier (links: link_faults.py).
 
 They only ever lose, hold back or damage; what is damaged is page bytes, which are checked at every
 hop. The numbers that they put beside a part's own stats tell that they are there.
@@ -11,13 +11,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..core.errors import LongreachError, Unavailable
+from ..core.errors import LongreachError
 from ..core.fault_config import FaultsConfig
 from .fault_plan import FaultPlan, Faults
-from .transport import Buffer, Channel, Reply, ReplyStream, Service, Unanswered
+from .transport import Buffer, Reply, Service, Unanswered
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class FaultCounts:
 
     def __init__(self, plan: FaultPlan, where: str) -> None:
         self._plan = plan
-        self._where = where
+        self.where = where
         self._calls: Counter[str] = Counter()
         self._done: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -42,12 +42,12 @@ class FaultCounts:
         with self._lock:
             n = self._calls[method]
             self._calls[method] += 1
-        return self._plan.decide(self._where, method, n)
+        return self._plan.decide(self.where, method, n)
 
     def add(self, kind: str) -> None:
         with self._lock:
             self._done[kind] += 1
-        log.debug("fault injected kind=%s where=%s", kind, self._where)
+        log.debug("fault injected kind=%s where=%s", kind, self.where)
 
     def snapshot(self) -> dict[str, int]:
         """What was done by kind, as `faults_dropped`; `faults_injected` is there even if it is 0."""
@@ -182,94 +182,6 @@ class _FaultyReplies(Iterator[Reply]):
             close()
 
 
-class FaultyChannel:
-    """A worker's channel to a store over a link that is cut now and then: Unavailable until it is
-    whole again, in the middle of streams too. Delays and losses are the service's."""
-
-    def __init__(
-        self,
-        channel: Channel,
-        plan: FaultPlan,
-        where: str,
-        monotonic_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.address = channel.address
-        self.counts = FaultCounts(plan, where)
-        self._channel = channel
-        self._where = where
-        self._monotonic_s = monotonic_s
-        self._cut_until_s = float("-inf")
-
-    def call(
-        self,
-        method: str,
-        header: Header | None = None,
-        buffers: Sequence[Buffer] = (),
-        *,
-        timeout_s: float,
-    ) -> Reply:
-        self._strike(method)
-        return self._channel.call(method, header, buffers, timeout_s=timeout_s)
-
-    def stream(
-        self,
-        method: str,
-        header: Header | None = None,
-        buffers: Sequence[Buffer] = (),
-        *,
-        idle_timeout_s: float,
-    ) -> ReplyStream:
-        self._strike(method)
-        stream = self._channel.stream(method, header, buffers, idle_timeout_s=idle_timeout_s)
-        return _CutStream(self, stream)
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def check(self) -> None:
-        """Raises Unavailable while the link is cut."""
-        left_s = self._cut_until_s - self._monotonic_s()
-        if left_s > 0:
-            raise Unavailable(f"{self._where} is cut for {left_s:.1f} s more by the fault plan")
-
-    def _strike(self, method: str) -> None:
-        self.check()
-        cut_s = self.counts.decide(method).cut_s
-        if cut_s:
-            self.counts.add("cut")
-            self._cut_until_s = self._monotonic_s() + cut_s
-            self.check()
-
-
-class _CutStream:
-    def __init__(self, channel: FaultyChannel, stream: ReplyStream) -> None:
-        self._channel = channel
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Reply]:
-        return self
-
-    def __next__(self) -> Reply:
-        try:
-            self._channel.check()
-        except Unavailable:
-            self.close()
-            raise
-        return next(self._stream)
-
-    def __enter__(self) -> _CutStream:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def cancel(self) -> None:
-        self._stream.cancel()
-
-
 class DiskFaults:
     """What a disk tier calls before it touches a slot: raises OSError, or sleeps."""
 
@@ -311,11 +223,3 @@ def with_faults(
     if not config.in_parts:
         return service
     return FaultyService(service, FaultPlan(config), where, store=store)
-
-
-def channel_faults(config: FaultsConfig, where: str) -> Callable[[str, Channel], Channel] | None:
-    """What puts faults on the channel to a peer, given its name; None if the plan has none."""
-    if config.cut is None:
-        return None
-    plan = FaultPlan(config)
-    return lambda peer, channel: FaultyChannel(channel, plan, f"{where}>{peer}")

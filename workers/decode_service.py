@@ -16,7 +16,7 @@ from ..core.config import Config
 from ..core.errors import InvalidInput, StaleEpoch
 from ..core.page_key import PageKey
 from ..kernels.ops import warm_up
-from ..kvstore.faults import channel_faults
+from ..kvstore.link_faults import link_faults
 from ..kvstore.membership import Membership
 from ..kvstore.page_client import PageClient
 from ..kvstore.transport import Reply
@@ -63,7 +63,7 @@ class DecodeService:
         model = load_model(config.model, directory)
         geometry = model_geometry(config)
         recipe = recipe_for(config).fingerprint()
-        self._link_faults = channel_faults(config.faults, worker_id)
+        self._link_faults = link_faults(config.faults, worker_id)
         self._client = PageClient(
             stores,
             geometry,

@@ -1,0 +1,358 @@
+"""A thousand random rows with cancels, failures and killed clients; then nothing may be left of them.
+
+    python -m benchmarks.soak_leaks [--rows 1000] [--minutes 0] [--seed 7]
+
+A tiny random model behind a gateway in this process (the in-process wiring: gateway, worker, stores and
+retriever are all here), with damaged pages and lost answers from a fault plan. Several clients ask at
+once: most wait for their answer, others cancel in the middle, lose their connection, ask what is refused,
+cancel whole batches, or are processes that get SIGKILL. With --minutes the rows go on for so long.
+
+After a warm-up, and again at the end when all is quiet: pages pinned, leases, open writes, rows, streams,
+bank slots, private page slots, file descriptors, threads, shared-memory files and mappings. What is more
+than before is a leak, and the exit code is 1. The slope of resident memory over the run is fitted by
+least squares (MB/min); in the first minutes caches and arenas fill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from longreach.cluster.client import Client
+from longreach.cluster.gateway import Gateway
+from longreach.cluster.local_runtime import LocalRuntime
+from longreach.core.config import Config, load_config
+from longreach.core.errors import LongreachError
+from tests.e2e.serving import jsonl, rows_of
+
+from .harness import ROOT, console, record, resident_bytes, write_result
+from .tiny_serve import write_config
+
+N_ROWS = 1000
+N_CLIENTS = 6
+WARM_UP_ROWS = 48
+N_TOKENS = 24
+WORDS = (150, 300, 450, 600, 900, 1200)
+QUIET_S = 60.0
+SAMPLE_S = 1.0
+FAULTS = ("faults.corrupt=0.003", "faults.lose_answer=0.0005", "faults.delay=0.01:5ms")
+GAUGES = ("longreach_rows_queued", "longreach_rows_running", "longreach_streams_open")
+KINDS = {
+    "answered": 50,
+    "cancelled": 18,
+    "connection_lost": 12,
+    "refused": 10,
+    "batch_cancelled": 9,
+    "client_killed": 1,
+}
+"""How the rows end, by weight."""
+
+_CHILD = """
+import sys
+from longreach.cluster.client import Client
+with Client(sys.argv[1]) as client:
+    for event in client.generate("What is said?", context=sys.argv[2], sampling={"max_tokens": 4000}):
+        print("going", flush=True)
+"""
+
+Row = dict[str, Any]
+
+
+class Soak:
+    """A gateway in this process, and clients that treat it badly."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config = config
+        self.ends: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.runtime = LocalRuntime(config)
+        self.gateway = Gateway(config, self.runtime)
+        self.address = self.gateway.start()
+        self._rng = random.Random(seed)
+        self._texts = [row["context"] for row in rows_of(700 + seed, len(WORDS), 1, WORDS)]
+        self._n_rows = 0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self.gateway.stop()
+
+    def run(self, go_on: Callable[[int], bool]) -> None:
+        """Rows from several clients for as long as go_on(rows begun) is true."""
+
+        def ask() -> None:
+            client = Client(self.address, retry_s=10.0)
+            while True:
+                with self._lock:
+                    if not go_on(self._n_rows):
+                        break
+                    self._n_rows += 1
+                    kind = self._rng.choices(list(KINDS), list(KINDS.values()))[0]
+                    drawn = random.Random(self._rng.random())
+                try:
+                    client = getattr(self, f"_{kind}")(client, drawn)
+                except LongreachError as exc:
+                    with self._lock:
+                        self.errors[exc.reason] += 1
+                with self._lock:
+                    self.ends[kind] += 1
+            client.close()
+
+        self._n_rows = 0
+        with ThreadPoolExecutor(N_CLIENTS) as clients:
+            for future in [clients.submit(ask) for _ in range(N_CLIENTS)]:
+                future.result()
+
+    # --- how a row ends: each gives the client that the next row uses -----------------------------
+
+    def _begin(self, client: Client, drawn: random.Random) -> Iterator[Any]:
+        question = f"What does entry {drawn.randint(0, 99)} say?"
+        sampling = {"max_tokens": N_TOKENS}
+        return client.generate(question, context=drawn.choice(self._texts), sampling=sampling)
+
+    def _answered(self, client: Client, drawn: random.Random) -> Client:
+        for _ in self._begin(client, drawn):
+            pass
+        return client
+
+    def _cancelled(self, client: Client, drawn: random.Random) -> Client:
+        events: Any = self._begin(client, drawn)
+        for _ in range(drawn.randint(0, N_TOKENS)):
+            next(events, None)
+        events.close()
+        return client
+
+    def _connection_lost(self, client: Client, drawn: random.Random) -> Client:
+        events = self._begin(client, drawn)
+        for _ in range(drawn.randint(1, N_TOKENS)):
+            next(events, None)
+        client.close()
+        return Client(self.address, retry_s=10.0)
+
+    def _refused(self, client: Client, drawn: random.Random) -> Client:
+        bad: list[dict[str, Any]] = [
+            {"context": self._texts[0] * 30, "sampling": {"max_tokens": 4}},
+            {"context": "", "sampling": {"max_tokens": 4}},
+            {"context": "short", "sampling": {"max_tokens": 10**6}},
+            {"context": "short", "sampling": {"temperature": -3.0}},
+        ]
+        for _ in client.generate("Why?", **drawn.choice(bad)):
+            pass
+        return client
+
+    def _batch_cancelled(self, client: Client, drawn: random.Random) -> Client:
+        rows = rows_of(700, 3, N_TOKENS, WORDS[:2])
+        job_id = client.submit(jsonl(rows)).job_id
+        time.sleep(drawn.random() * 0.5)
+        client.cancel(job_id)
+        while not client.get(job_id).ended_s:
+            time.sleep(0.05)
+        return client
+
+    def _client_killed(self, client: Client, drawn: random.Random) -> Client:
+        command = [sys.executable, "-c", _CHILD, self.address, drawn.choice(self._texts)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.kill()
+        child.wait(10.0)
+        child.stdout.close()
+        return client
+
+
+# --- what is held now -----------------------------------------------------------------------------
+
+
+def held(soak: Soak) -> dict[str, int]:
+    """Everything that rows may leave behind, by name."""
+    gc.collect()
+    parts = soak.runtime.stats()
+    stores = [numbers for numbers in parts.values() if numbers["kind"] == "store"]
+    workers = [numbers for numbers in parts.values() if numbers["kind"] == "worker"]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    arenas = soak.config.store.arena_dir
+    with Client(soak.address) as client:
+        gateway = dict(client.stats().gateway)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {
+        "pages pinned": _sum(stores, "pages_pinned"),
+        "leases": _sum(stores, "leases"),
+        "writes open": _sum(stores, "writes_open"),
+        "rows at workers": _sum(workers, "rows"),
+        "bank slots": _sum(workers, "bank_slots_used"),
+        "pages known to workers": _sum(workers, "pages_known"),
+        "rows at page clients": _sum(workers, "store_rows"),
+        "private pages": _sum(workers, "store_private_pages"),
+        "bytes written behind": _sum(workers, "store_write_behind_bytes"),
+        "rows and streams at the gateway": int(sum(gateway.get(name, 0) for name in GAUGES)),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "shared-memory files": len(os.listdir(arenas)),
+        "shared-memory mappings": sum(arenas in line for line in maps),
+        "child processes": len(children),
+    }
+
+
+def _sum(parts: Sequence[dict[str, Any]], name: str) -> int:
+    return int(sum(numbers.get(name, 0) for numbers in parts))
+
+
+def left_over(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    return {name: now[name] - before[name] for name in now if now[name] > before[name]}
+
+
+def quiet(soak: Soak, before: dict[str, int] | None = None) -> dict[str, int]:
+    """What is held when nothing runs any more: as soon as it is no more than before, or at last."""
+    end_s = time.monotonic() + QUIET_S
+    last: dict[str, int] = {}
+    while time.monotonic() < end_s:
+        now = held(soak)
+        done = not left_over(before, now) if before is not None else now == last
+        if done and not now["rows at workers"]:
+            return now
+        last = now
+        time.sleep(2.0)
+    return last
+
+
+class Memory(threading.Thread):
+    """Resident memory, sampled until stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(name="memory", daemon=True)
+        self.samples: list[tuple[float, int, int]] = []
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.wait(SAMPLE_S):
+            now = resident_bytes()
+            self.samples.append((time.monotonic(), now["all"], now["own"]))
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join(10.0)
+
+    def thinned(self, n: int = 200) -> list[float]:
+        """Own memory in MB, some n of the samples."""
+        step = max(1, len(self.samples) // n)
+        return [round(own / 1e6, 1) for _, _, own in self.samples[::step]]
+
+    def slopes(self) -> dict[str, float]:
+        """MB/min by least squares: whole resident memory, and what is no arena, over the whole run and
+        over its second half."""
+        found = {}
+        for name, first in (("", 0), (" in the second half", len(self.samples) // 2)):
+            part = np.array(self.samples[first:])
+            if len(part) < 3:
+                continue
+            minutes = (part[:, 0] - part[0, 0]) / 60
+            for what, column in (("all", 1), ("own", 2)):
+                slope = np.polyfit(minutes, part[:, column] / 1e6, 1)[0]
+                found[what + name] = round(float(slope), 3)
+        return found
+
+
+def run(config: Config, n_rows: int, minutes: float, seed: int, say: Callable[[str], None]) -> Row:
+    soak = Soak(config, seed)
+    try:
+        say(f"warm-up: {WARM_UP_ROWS} rows")
+        soak.run(lambda n: n < WARM_UP_ROWS)
+        before = quiet(soak)
+        soak.ends.clear()
+        soak.errors.clear()
+        memory = Memory()
+        memory.start()
+        started_s = spoken_s = time.monotonic()
+
+        def go_on(n: int) -> bool:
+            nonlocal spoken_s
+            now_s = time.monotonic()
+            if now_s - spoken_s > 30:
+                spoken_s = now_s
+                say(f"{n} rows, {resident_bytes()['own'] / 1e6:.0f} MB of own memory")
+            return n < n_rows or now_s - started_s < 60 * minutes
+
+        soak.run(go_on)
+        memory.stop()
+        seconds = time.monotonic() - started_s
+        after = quiet(soak, before)
+        parts = soak.runtime.stats()
+        faults = {
+            name: int(sum(p.get(name, 0) for p in parts.values()))
+            for name in sorted({n for p in parts.values() for n in p if n.startswith("faults_")})
+        }
+    finally:
+        soak.close()
+    return {
+        "rows": sum(soak.ends.values()),
+        "ends": dict(soak.ends),
+        "errors": dict(soak.errors),
+        "faults": faults,
+        "seconds": round(seconds, 1),
+        "before": before,
+        "after": after,
+        "left_over": left_over(before, after),
+        "mb_per_minute": memory.slopes(),
+        "own_mb": memory.thinned(),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    logging.getLogger("longreach").setLevel(logging.CRITICAL)  # a line per fault otherwise
+    say = console().print
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longreach-")))
+        arenas = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="longreach-leaks-", dir="/dev/shm")
+        )
+        path = write_config(directory, Path(arenas))
+        sets = ["gateway.port=0", f"gateway.state_dir={directory / 'state'}", "worker.count=1"]
+        config = load_config([path], [*sets, *FAULTS])
+        result = record("benchmarks.soak_leaks", config, sys.argv[1:] if argv is None else argv)
+        found = run(config, arguments.rows, arguments.minutes, arguments.seed, say)
+    table = Table("what", "before", "after", "left over", title=f"After {found['rows']} rows")
+    for name, before in found["before"].items():
+        table.add_row(
+            name, str(before), str(found["after"][name]), str(found["left_over"].get(name, ""))
+        )
+    out = console()
+    out.print(table)
+    out.print(f"rows by end: {found['ends']}; errors seen by clients: {found['errors']}")
+    out.print(f"resident memory, MB/min: {found['mb_per_minute']}")
+    write_result(arguments.out, result | found)
+    out.print(f"written to {arguments.out}")
+    if found["left_over"]:
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=N_ROWS, help="rows at least")
+    parser.add_argument("--minutes", type=float, default=0.0, help="time at least")
+    parser.add_argument("--seed", type=int, default=7)
+    path = ROOT / "benchmarks" / "results" / "soak-leaks.json"
+    parser.add_argument("--out", type=Path, default=path)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
