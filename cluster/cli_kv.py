@@ -200,10 +200,11 @@ def _print_json(value: dict[str, Any]) -> None:
 def _followed(updates: Iterable[Any], line: Any) -> Iterator[Any]:
     """The updates, shown on stderr: a bar on a terminal, else a line every few seconds.
     line(update) -> (text, done, total); total 0 while unknown."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=err, transient=True)
+    columns = TextColumn("{task.description}"), BarColumn()
+    bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
     shown_s = time.monotonic()
     with bar:
-        task = bar.add_task("", total=None, visible=err.is_terminal)
+        task = bar.add_task("", total=None)
         for update in updates:
             text, done, total = line(update)
             bar.update(task, description=text, completed=done, total=total or None)
