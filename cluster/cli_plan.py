@@ -172,6 +172,16 @@ def _table(plan: Plan, rates: Rates, config: Config) -> Table:
         "in the stores",
         f"{human_bytes(plan.store_bytes)} of {human_bytes(plan.store_capacity_bytes)}{fits}",
     )
+    if plan.disk_capacity_bytes:
+        table.add_row(
+            "of it in arenas",
+            f"{human_bytes(plan.arena_bytes)} of {human_bytes(plan.arena_capacity_bytes)}",
+        )
+        also = ", all pages once more" if config.store.disk_write == "through" else ""
+        table.add_row(
+            "and on disk",
+            f"{human_bytes(plan.disk_bytes)} of {human_bytes(plan.disk_capacity_bytes)}{also}",
+        )
     table.add_row(
         "expected time",
         f"{human_seconds(plan.total_s)} (prefill {human_seconds(plan.prefill_s)} at "

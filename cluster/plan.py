@@ -49,7 +49,13 @@ class Plan:
     device_bytes: int = 0
     store_bytes: int = 0
     """All pages times their copies."""
+    arena_bytes: int = 0
+    """What of them lies in arenas while all rows run: arenas fill first, for pages in use stay there."""
+    disk_bytes: int = 0
+    """What lies on disk; with store.disk_write `through`, also what is in arenas."""
     store_capacity_bytes: int = 0
+    arena_capacity_bytes: int = 0
+    disk_capacity_bytes: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     """If every answer uses all of its max_tokens."""
@@ -78,6 +84,15 @@ def n_copies(config: Config) -> int:
     return min(config.store.replicas, config.store.count)
 
 
+def store_slots(config: Config, geometry: PageGeometry) -> tuple[int, int, int]:
+    """Page slots of all stores together: in arenas, on disk, and how many pages they can hold at once.
+    With `through` a page of an arena has a slot on disk as well."""
+    store = config.store
+    arena = store.capacity_bytes // geometry.page_nbytes * store.count
+    disk = store.disk_bytes // geometry.page_nbytes * store.count
+    return arena, disk, max(arena, disk) if store.disk_write == "through" else arena + disk
+
+
 def check_policies(config: Config, *, stores_local: bool) -> None:
     """Raises FailedPrecondition for a `search` first stage over keys on other nodes: it touches
     nearly every page of the context at each refresh."""
@@ -103,14 +118,17 @@ def check_row(row: RowSize, config: Config, geometry: PageGeometry) -> None:
             limit=limit,
         )
     need = n_pages_of(row.n_prompt_tokens + row.max_tokens, geometry.page_tokens)
-    slots = config.store.capacity_bytes // geometry.page_nbytes * config.store.count
-    room = slots // n_copies(config)
+    room = store_slots(config, geometry)[2] // n_copies(config)
     if need > room:
+        of_disk, or_disk = "", ""
+        if config.store.disk_dir is not None:
+            of_disk = f" in memory and {config.store.disk_bytes} on disk"
+            or_disk = ", store.disk_bytes"
         raise ContextTooLong(
             f"{row.n_prompt_tokens} prompt tokens and {row.max_tokens} new ones need {need} pages "
             f"of {geometry.page_nbytes} bytes in {n_copies(config)} copies; {config.store.count} "
-            f"stores of {config.store.capacity_bytes} bytes hold {room}; raise "
-            "store.capacity_bytes or store.count",
+            f"stores of {config.store.capacity_bytes} bytes{of_disk} hold {room}; raise "
+            f"store.capacity_bytes{or_disk} or store.count",
             pages=need,
             limit=room,
         )
@@ -147,7 +165,15 @@ def plan_rows(
     n_workers = config.worker.count
     plan.device_bytes = min(plan.device_pages, plan.n_pages) * geometry.page_nbytes
     plan.store_bytes = plan.n_pages * geometry.page_nbytes * n_copies(config)
-    plan.store_capacity_bytes = config.store.capacity_bytes * config.store.count
+    arena, disk, held = (n * geometry.page_nbytes for n in store_slots(config, geometry))
+    plan.arena_capacity_bytes, plan.disk_capacity_bytes, plan.store_capacity_bytes = (
+        arena,
+        disk,
+        held,
+    )
+    plan.arena_bytes = min(plan.store_bytes, arena)
+    above = 0 if config.store.disk_write == "through" else plan.arena_bytes
+    plan.disk_bytes = min(plan.store_bytes - above, disk)
     plan.prefill_s = plan.computed_tokens / (rates.prefill_tokens_per_s * n_workers)
     plan.decode_s = plan.max_new_tokens / (rates.decode_tokens_per_s * n_workers)
     return plan

@@ -60,6 +60,40 @@ def test_a_row_at_the_limit_fits_and_one_page_more_does_not() -> None:
     check_row(RowSize("a", 990, 900, 10), config("store.count=1"), GEOMETRY)
 
 
+def disk(n_pages: int, *sets: str) -> Config:
+    return config(
+        "store.disk_dir=/d", f"store.disk_bytes={n_pages * GEOMETRY.page_nbytes + 7}", *sets
+    )
+
+
+def test_both_tiers_count() -> None:
+    # 2 stores of 100 slots in memory and 50 on disk, in 2 copies
+    check_row(RowSize("a", 1490, 900, 10), disk(50), GEOMETRY)
+    with pytest.raises(
+        ContextTooLong, match=rf"in memory and {50 * GEOMETRY.page_nbytes + 7} on disk hold 150"
+    ):
+        check_row(RowSize("a", 1491, 900, 10), disk(50), GEOMETRY)
+    # every page is on disk as well: the larger of the two decides
+    through = "store.disk_write=through"
+    check_row(RowSize("a", 1190, 900, 10), disk(120, through), GEOMETRY)
+    with pytest.raises(ContextTooLong, match="hold 120"):
+        check_row(RowSize("a", 1191, 900, 10), disk(120, through), GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mode", "in_arenas", "on_disk"),
+    [(90, "demote", 20, 0), (1290, "demote", 200, 60), (1290, "through", 200, 260)],
+)
+def test_bytes_by_tier(tokens: int, mode: str, in_arenas: int, on_disk: int) -> None:
+    rows = [row("a", list(range(tokens)), tokens)]
+    plan = plan_rows(rows, disk(150, f"store.disk_write={mode}"), GEOMETRY, RATES)
+    assert plan.arena_bytes == in_arenas * GEOMETRY.page_nbytes
+    assert plan.disk_bytes == on_disk * GEOMETRY.page_nbytes
+    assert plan.arena_capacity_bytes == 200 * GEOMETRY.page_nbytes
+    assert plan.disk_capacity_bytes == 300 * GEOMETRY.page_nbytes
+    assert plan.fits
+
+
 def test_context_limits() -> None:
     limited = config("model.max_context_tokens=50")
     check_row(RowSize("a", 60, 50, 10), limited, GEOMETRY)

@@ -166,9 +166,7 @@ def test_no_flush_when_none_is_wanted(stores: Stores, start: Callable[..., None]
     assert stats(stores)["pages_adopted"] == 0
 
 
-def test_a_client_that_was_there_before_goes_on(
-    stores: Stores, start: Callable[..., None]
-) -> None:
+def test_a_client_that_was_there_before_goes_on(stores: Stores, start: Callable[..., None]) -> None:
     start(n_slots=4, flush_s=10)
     client = stores.client(replicas=1)
     handles = put(client, range(8))
@@ -323,9 +321,9 @@ def test_limits_of_both_tiers_hold_to_the_page(
     start(n_slots=6, n_disk=10, high_watermark=0.7, low_watermark=0.4)
     client = stores.client(replicas=1)
     rng = np.random.default_rng(1)
-    for step in range(40):
+    for _ in range(40):
         first = int(rng.integers(0, 60))
-        for i, handle in zip(range(first, first + 4), take(client, range(first, first + 4))):
+        for i, handle in enumerate(take(client, range(first, first + 4)), first):
             if handle is None:
                 put(client, [i])
         if rng.random() < 0.6:
@@ -335,7 +333,6 @@ def test_limits_of_both_tiers_hold_to_the_page(
         assert told["disk_pages"] <= 10
         if told["pages_pinned"] > 12:
             client.release("row")
-        del step
     assert (tmp_path / "disk" / "s.pages").stat().st_blocks * 512 <= 10 * N + (1 << 16)
     assert stats(stores)["evictions"] > 0
     client.close()
