@@ -10,6 +10,7 @@ from ..core.errors import Unavailable
 from ..core.fault_config import FaultsConfig
 from .fault_plan import FaultPlan
 from .faults import FaultCounts
+from .rpc_frames import STREAM_CREDIT
 from .transport import Buffer, Channel, Reply, ReplyStream
 
 Header = dict[str, Any]
@@ -49,9 +50,18 @@ class FaultyChannel:
         buffers: Sequence[Buffer] = (),
         *,
         idle_timeout_s: float,
+        credit: int = STREAM_CREDIT,
+        bundle_bytes: int = 0,
     ) -> ReplyStream:
         self._strike(method)
-        stream = self._channel.stream(method, header, buffers, idle_timeout_s=idle_timeout_s)
+        stream = self._channel.stream(
+            method,
+            header,
+            buffers,
+            idle_timeout_s=idle_timeout_s,
+            credit=credit,
+            bundle_bytes=bundle_bytes,
+        )
         return _CutStream(self, stream)
 
     def close(self) -> None:

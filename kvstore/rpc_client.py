@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -19,6 +20,7 @@ from ..core.errors import (
 )
 from .rpc_frames import (
     ALIVE,
+    BUNDLE,
     CALL,
     CANCEL,
     CREDIT,
@@ -29,6 +31,7 @@ from .rpc_frames import (
     Frames,
     make_frames,
     parse_buffers,
+    parse_bundle,
     parse_header,
     parse_tag,
 )
@@ -100,10 +103,17 @@ class RpcClient:
         buffers: Sequence[Buffer] = (),
         *,
         idle_timeout_s: float,
+        credit: int = STREAM_CREDIT,
+        bundle_bytes: int = 0,
     ) -> RpcStream:
-        envelope = {"method": method, "credit": STREAM_CREDIT, "body": header or {}}
+        envelope = {
+            "method": method,
+            "credit": credit,
+            "bundle_bytes": bundle_bytes,
+            "body": header or {},
+        }
         request_id, waiter = self._start(OPEN, envelope, buffers)
-        return RpcStream(self, method, request_id, waiter, idle_timeout_s)
+        return RpcStream(self, method, request_id, waiter, idle_timeout_s, credit)
 
     def on_message(self, frames: Frames) -> None:
         """Called by the link for each message. Never raises; unknown messages are dropped."""
@@ -167,13 +177,16 @@ class RpcStream:
         request_id: int,
         waiter: _Waiter,
         idle_timeout_s: float,
+        credit: int,
     ) -> None:
         self._client = client
         self._method = method
         self._request_id = request_id
         self._waiter = waiter
         self._idle_timeout_s = idle_timeout_s
+        self._credit = credit
         self._n_unacknowledged = 0
+        self._bundle: deque[Reply] = deque()
         self._over = False
 
     def __iter__(self) -> Iterator[Reply]:
@@ -183,23 +196,29 @@ class RpcStream:
         if self._over:
             raise StopIteration
         try:
-            arrived = self._wait()
-            if isinstance(arrived, LongreachError):
-                raise arrived
-            kind, frames = arrived
-            if kind == END:
-                self._finish(cancel=False)
-                raise StopIteration
-            reply = _to_reply(kind, frames)
+            reply = self._bundle.popleft() if self._bundle else self._next_arrived()
         except LongreachError as exc:
             # the server is told unless it was the one that ended the stream
             self._finish(cancel=isinstance(exc, Unavailable | InternalError))
             raise
         self._n_unacknowledged += 1
-        if self._n_unacknowledged >= STREAM_CREDIT // 2:
+        if self._n_unacknowledged >= self._credit // 2:
             self._client.send_credit(self._request_id, self._n_unacknowledged)
             self._n_unacknowledged = 0
         return reply
+
+    def _next_arrived(self) -> Reply:
+        arrived = self._wait()
+        if isinstance(arrived, LongreachError):
+            raise arrived
+        kind, frames = arrived
+        if kind == END:
+            self._finish(cancel=False)
+            raise StopIteration
+        if kind != BUNDLE:
+            return _to_reply(kind, frames)
+        self._bundle.extend(parse_bundle(frames))
+        return self._bundle.popleft()
 
     def _wait(self) -> tuple[bytes, Frames] | LongreachError:
         # a reader that comes late has not waited: silence counts from the later of the two

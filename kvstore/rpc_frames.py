@@ -12,18 +12,20 @@ from typing import Any
 
 from ..core.codec import pack_header, unpack_header
 from ..core.errors import InvalidInput, LongreachError, as_longreach_error
-from .transport import Buffer
+from .transport import Buffer, Reply
 
 CALL = b"C"
 """Client: one request that wants one reply. Header: method, timeout_s, body."""
 OPEN = b"S"
-"""Client: one request that wants a stream. Header: method, credit, body."""
+"""Client: one request that wants a stream. Header: method, credit, body, bundle_bytes."""
 CREDIT = b"K"
 """Client: `credit` more stream replies may be sent."""
 CANCEL = b"X"
 """Client: the stream is not wanted any more."""
 REPLY = b"R"
 """Server: the reply of a call, or one reply of a stream. Header is the service's own."""
+BUNDLE = b"B"
+"""Server: several replies of a stream. Header: `replies`, for each its header and number of buffers."""
 ALIVE = b"A"
 """Server: the stream is open, nothing to say."""
 END = b"E"
@@ -31,7 +33,7 @@ END = b"E"
 FAIL = b"F"
 """Server: the call or stream failed. Header: LongreachError.to_wire()."""
 
-KINDS = frozenset((CALL, OPEN, CREDIT, CANCEL, REPLY, ALIVE, END, FAIL))
+KINDS = frozenset((CALL, OPEN, CREDIT, CANCEL, REPLY, BUNDLE, ALIVE, END, FAIL))
 STREAM_CREDIT = 8
 """Replies that a server may send ahead of the reader."""
 KEEPALIVE_S = 1.0
@@ -88,3 +90,22 @@ def parse_header(frames: Frames) -> dict[str, Any]:
 
 def parse_buffers(frames: Frames) -> list[memoryview]:
     return [memoryview(frame).toreadonly() for frame in frames[2:]]
+
+
+def make_bundle(request_id: int, replies: Sequence[Reply]) -> list[Buffer]:
+    """Frames of one or more replies of a stream. Raises InvalidInput as `make_frames` does."""
+    if len(replies) == 1:
+        return make_frames(REPLY, request_id, replies[0].header, replies[0].buffers)
+    heads = [[reply.header, len(reply.buffers)] for reply in replies]
+    buffers = [buffer for reply in replies for buffer in reply.buffers]
+    return make_frames(BUNDLE, request_id, {"replies": heads}, buffers)
+
+
+def parse_bundle(frames: Frames) -> list[Reply]:
+    """Raises InvalidInput."""
+    heads, buffers = parse_header(frames).get("replies"), iter(parse_buffers(frames))
+    try:
+        assert isinstance(heads, list)
+        return [Reply(dict(head), [next(buffers) for _ in range(n)]) for head, n in heads]
+    except (AssertionError, TypeError, ValueError, RuntimeError, StopIteration) as exc:
+        raise InvalidInput("a bundle's header does not match its buffers") from exc

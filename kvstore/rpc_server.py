@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -17,9 +18,9 @@ from .rpc_frames import (
     CREDIT,
     END,
     OPEN,
-    REPLY,
     Frames,
     fail_frames,
+    make_bundle,
     make_frames,
     parse_buffers,
     parse_header,
@@ -32,13 +33,16 @@ Peer = TypeVar("Peer", bound=Hashable)
 
 MAX_STREAMS = 1024
 MAX_WAITING_CALLS = 4096
+HOLD_S = 0.005
+"""How long a reply may wait for others that share its message."""
 
 
 class _OpenStream:
     """State of one stream: its iterator, how many replies may still be sent, whether to stop."""
 
-    def __init__(self, credit: int) -> None:
+    def __init__(self, credit: int, bundle_bytes: int) -> None:
         self._credit = credit
+        self.bundle_bytes = bundle_bytes
         self._changed = threading.Condition()
         self.cancelled = False
         self.iterator: Iterator[Reply] | None = None
@@ -47,6 +51,10 @@ class _OpenStream:
         with self._changed:
             self._credit += credit
             self._changed.notify()
+
+    @property
+    def has_credit(self) -> bool:
+        return self._credit > 0
 
     def take_credit(self) -> bool:
         """Waits for leave to send one reply. False: cancelled. Ends with the peer at the latest,
@@ -66,6 +74,35 @@ class _OpenStream:
                 hook()
             except Exception:
                 logger.exception("the cancel hook of a stream failed")
+
+
+class _Bundle:
+    """Replies that will share a message: one at first, so that it comes at once, then twice as many
+    each time, as far as their bytes allow."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._most = 1
+        self._n_bytes = 0
+        self._first_s = 0.0
+        self.replies: list[Reply] = []
+
+    def add(self, reply: Reply) -> bool:
+        """Whether it should be sent now."""
+        if not self.replies:
+            self._first_s = time.monotonic()
+        self.replies.append(reply)
+        self._n_bytes += sum(memoryview(buffer).nbytes for buffer in reply.buffers)
+        return (
+            len(self.replies) >= self._most
+            or self._n_bytes >= self._most_bytes
+            or time.monotonic() - self._first_s > HOLD_S
+        )
+
+    def take(self) -> list[Reply]:
+        replies, self.replies = self.replies, []
+        self._most, self._n_bytes = 2 * self._most, 0
+        return replies
 
 
 class RpcServer(Generic[Peer]):
@@ -186,13 +223,14 @@ class RpcServer(Generic[Peer]):
             if close is not None:
                 close()
             raise InvalidInput(f"method {header['method']!r} streams; open it as a stream")
-        return _reply_frames(request_id, reply)
+        return _reply_frames(request_id, [reply])
 
     def _accept_stream(
         self, peer: Peer, request_id: int, header: dict[str, Any], frames: Frames
     ) -> None:
         _check_request(header)
-        stream = _OpenStream(_number(header, "credit", int))
+        bundle_bytes = _number({"bundle_bytes": 0, **header}, "bundle_bytes", int)
+        stream = _OpenStream(_number(header, "credit", int), bundle_bytes)
         key = (peer, request_id)
         with self._lock:
             if self._draining:
@@ -218,22 +256,35 @@ class RpcServer(Generic[Peer]):
         buffers: list[memoryview],
     ) -> None:
         last: Frames | None = None
+        bundle = _Bundle(stream.bundle_bytes)
+
+        def send_bundle() -> None:
+            if bundle.replies and not stream.cancelled:
+                self._send(peer, _reply_frames(request_id, bundle.take()))
+
         try:
             made = self._service.handle(header["method"], header["body"], buffers)
             stream.iterator = iter([made]) if isinstance(made, Reply) else iter(made)
             if stream.cancelled:
                 stream.cancel()  # it came before there was a hook to call
-            while stream.take_credit():
+            while True:
+                if not stream.has_credit:
+                    send_bundle()
+                if not stream.take_credit():
+                    break
                 reply = next(stream.iterator, None)
                 if reply is None:
+                    send_bundle()
                     last = make_frames(END, request_id)
                     break
-                if not stream.cancelled:
-                    self._send(peer, _reply_frames(request_id, reply))
+                if bundle.add(reply):
+                    send_bundle()
         except Unanswered:
-            pass
+            send_bundle()
         except Exception as exc:
             last = fail_frames(request_id, _logged(exc, header))
+            with contextlib.suppress(InternalError):  # then it is what failed
+                send_bundle()
         finally:
             close = getattr(stream.iterator, "close", None)
             if close is not None:
@@ -261,9 +312,9 @@ def _number(header: dict[str, Any], field: str, kind: type[Any]) -> Any:
     return kind(value)
 
 
-def _reply_frames(request_id: int, reply: Reply) -> Frames:
+def _reply_frames(request_id: int, replies: Sequence[Reply]) -> Frames:
     try:
-        return make_frames(REPLY, request_id, reply.header, reply.buffers)
+        return make_bundle(request_id, replies)
     except InvalidInput as exc:  # the service's fault, not the caller's
         raise InternalError(f"unsendable reply: {exc.message}") from exc
 

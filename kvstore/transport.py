@@ -89,8 +89,15 @@ class Channel(Protocol):
         buffers: Sequence[Buffer] = (),
         *,
         idle_timeout_s: float,
+        credit: int = ...,
+        bundle_bytes: int = ...,
     ) -> ReplyStream:
-        """Sends the request now; `next` raises Unavailable after idle_timeout_s of silence."""
+        """Sends the request now; `next` raises Unavailable after idle_timeout_s of silence.
+
+        credit: replies that may be under way. bundle_bytes: the server may send so many bytes of
+        replies together, which is quicker, but keeps one waiting while the service makes the
+        next; 0 sends each at once.
+        """
         ...
 
     def close(self) -> None:

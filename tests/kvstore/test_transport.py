@@ -350,3 +350,50 @@ def test_taken_and_malformed_addresses(server: Server) -> None:
     for bad in ("http://x", "tcp://nowhere.invalid:x", ""):
         with pytest.raises(InvalidInput):
             serve(EchoService(), bad)
+
+
+def test_replies_of_a_bundle_are_replies(channel: Channel) -> None:
+    header = {"n": 100, "nbytes": 1000}
+    stream = channel.stream(
+        "count", header, idle_timeout_s=TIMEOUT_S, credit=16, bundle_bytes=1 << 20
+    )
+    replies = list(stream)
+    assert [reply.header["i"] for reply in replies] == list(range(100))
+    for i, reply in enumerate(replies):
+        assert [bytes(buffer) for buffer in reply.buffers] == [bytes([i]) * 1000]
+
+
+def test_bundles_save_messages(server: Server, service: EchoService) -> None:
+    sent = []
+    rpc = server._rpc  # type: ignore[attr-defined]
+    send = rpc._send
+    rpc._send = lambda peer, frames: (sent.append(bytes(frames[0])[:1]), send(peer, frames))
+    channel = connect(server.address)
+    for bundle_bytes, n_least, n_most in ((0, 64, 64), (8000, 8, 20), (1 << 20, 1, 12)):
+        sent.clear()
+        header = {"n": 64, "nbytes": 1000}
+        stream = channel.stream(
+            "count", header, idle_timeout_s=TIMEOUT_S, credit=64, bundle_bytes=bundle_bytes
+        )
+        assert len(list(stream)) == 64
+        n_messages = sum(kind in (b"R", b"B") for kind in sent)
+        assert n_least <= n_messages <= n_most, bundle_bytes
+    channel.close()
+
+
+def test_the_first_reply_of_a_bundled_stream_comes_at_once(channel: Channel) -> None:
+    header = {"n": 3, "pause_s": 0.3}
+    stream = channel.stream("count", header, idle_timeout_s=TIMEOUT_S, bundle_bytes=1 << 20)
+    start_s = time.monotonic()
+    assert next(stream).header == {"i": 0}
+    assert time.monotonic() - start_s < 0.6, "it waited for the second"
+    assert [reply.header["i"] for reply in stream] == [1, 2]
+
+
+def test_bundled_replies_before_a_failure_arrive(channel: Channel) -> None:
+    stream = channel.stream(
+        "count_then_fail", {"n": 10}, idle_timeout_s=TIMEOUT_S, bundle_bytes=1 << 20
+    )
+    assert [next(stream).header["i"] for _ in range(10)] == list(range(10))
+    with pytest.raises(StoreFull):
+        next(stream)
