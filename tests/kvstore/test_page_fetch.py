@@ -198,7 +198,7 @@ def test_without_hedges_patience_decides(filled: Stores) -> None:
     check(client, take(client, range(60)))
     elapsed_s = time.monotonic() - start_s
     gate.set()
-    assert 0.8 < elapsed_s
+    assert elapsed_s > 0.8
     assert client.stats()["hedges_sent"] == 0
     assert client.stats()["failed_load_deadline"] > 0
     client.close()
@@ -206,7 +206,7 @@ def test_without_hedges_patience_decides(filled: Stores) -> None:
 
 def test_hedges_are_few(filled: Stores) -> None:
     """A store that stalls in every batch costs a tenth of the requests, not a hedge each time."""
-    client = quick_learner(filled, timeout_s=0.6)
+    client = quick_learner(filled, timeout_s=20.0)
     before = client.stats()["hedges_sent"]
     n_requests = count_requests(filled)
 
