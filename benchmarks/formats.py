@@ -1,33 +1,44 @@
-"""What rounding keys and values to a format does to a model that otherwise attends exactly.
+"""What rounding keys and values to a format does, and what it saves.
 
-    python -m benchmarks.formats [--tokens 4096]
+    python -m benchmarks.formats [--tokens 4096] [--facts-tokens 8192] [--skip-facts]
 
-The embedded model reads a held-out text with dense float32 attention, keys and values rounded to each
-format of `cache.kv_dtype` as they are stored. Compared with float32: the distribution of the next token at
-positions over the last quarter of the text (KL divergence, nats; share of equal first choices; negative
-log-likelihood of the token that follows).
+Three measures, each against float32. The next token's distribution when the embedded model reads a held-out
+text with dense attention over rounded keys and values (KL divergence, nats; share of equal first choices).
+Selection and sparse attention of the configured preset at 512 tokens over rounded keys and values, on real
+queries: the share of the exact softmax on what is attended, and the error of the output. Facts found by the
+engine with pages in that format. Layouts that no kernel reads yet have no facts.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from longreach.core.config import KvDtype
-from longreach.kernels.paged import pack, unpack
-from longreach.workers.bank import TORCH_DTYPE
+from longreach.core.config import Config
+from longreach.core.stage import LayerPolicy
 from longreach.workers.model import ModelAdapter
+from longreach.workers.model_source import policies_of
+from longreach.workers.prompt import PromptBuilder
 
-from .captured import DenseStep, held_out_text
-from .harness import config_of, console, load_model, parser, record, result_path, write_result
+from .captured import Capture, Captures, DenseStep, held_out_text, paged
+from .harness import Say, config_of, console, load_model, parser, record, result_path, write_result
+from .kv_formats import Format, Rounding, formats
+from .quality_probe import Layer, attended_mass, output_error
+from .quality_settings import Setting
+from .styles import document, measured
 
-TOKENS = 4096
-QUICK_TOKENS = 512
+TOKENS, QUICK_TOKENS = 4096, 512
+FACTS_TOKENS = 8192
+CAPTURE_TOKENS, QUICK_CAPTURE_TOKENS = 8192, 1024
+LAYERS, QUICK_LAYERS = (2, 8, 14, 20, 26), (14,)
+N_QUERIES = 32
+KEPT_TOKENS = 512
 
 Row = dict[str, Any]
 
@@ -35,72 +46,164 @@ Row = dict[str, Any]
 class RoundedStep(DenseStep):
     """Exact attention over keys and values that are rounded once, as a page stores them."""
 
-    dtype = torch.float32
+    keys: Rounding
+    values: Rounding
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        stored = (unpack(pack(x, self.dtype)) for x in (k, v))
-        return super().attend(layer, q, *stored, scale)
+        return super().attend(layer, q, self.keys(k), self.values(v), scale)
 
 
-def log_probabilities(model: ModelAdapter, tokens: Tensor, wanted: Tensor, name: str) -> Tensor:
+class RoundedLayer(Layer):
+    """A layer whose pages hold rounded keys and values; what is exact stays what they are compared with."""
+
+    def __init__(self, capture: Capture, layer: int, form: Format) -> None:
+        super().__init__(capture, layer)
+        k, v = capture.keys_values(layer)
+        self.view = paged(form.keys(k), form.values(v))
+
+
+def log_probabilities(model: ModelAdapter, tokens: Tensor, wanted: Tensor, form: Format) -> Tensor:
     """Of the next token at the wanted positions: [n, vocab]."""
     size = (model.n_layers, 2, model.n_kv_heads, len(tokens), model.head_dim)
     queries = torch.zeros(model.n_layers, model.n_heads, len(wanted), model.head_dim)
     step = RoundedStep(model.rope, torch.zeros(size), queries, 0, wanted)
-    step.dtype = TORCH_DTYPE[name]
+    step.keys, step.values = form.keys, form.values
     hidden = model.hidden(tokens, step, decode=False)
     return model.logits(hidden[wanted]).float().log_softmax(dim=-1)
 
 
-def row_bytes(name: str, head_dim: int) -> int:
-    stored = pack(torch.zeros(1, head_dim), TORCH_DTYPE[name])
-    return stored.shape[1] * stored.element_size()
-
-
-def compared(name: str, exact: Tensor, found: Tensor, following: Tensor, head_dim: int) -> Row:
-    kl = (exact.exp() * (exact - found)).sum(dim=-1)
-    likelihood = -found.gather(1, following[:, None]).mean()
-    return {
-        "format": name,
-        "bytes_per_key": row_bytes(name, head_dim),
-        "kl_mean": float(kl.mean()),
-        "kl_worst": float(kl.max()),
-        "same_choice": float((exact.argmax(-1) == found.argmax(-1)).float().mean()),
-        "nll": float(likelihood),
-    }
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__).parse_args(argv)
-    n_tokens = arguments.tokens or (QUICK_TOKENS if arguments.quick else TOKENS)
-    config = config_of(arguments, small=arguments.quick)
-    result = record("benchmarks.formats", config, sys.argv[1:] if argv is None else argv)
-    model, prompts = load_model(config)
+def predictions(model: ModelAdapter, prompts: PromptBuilder, n_tokens: int) -> dict[str, Row]:
+    """By format, over the last quarter of the text."""
     text = held_out_text(prompts.count, n_tokens + 64)
     tokens = torch.tensor(prompts.tokenizer.encode(text))[: n_tokens + 1]
     wanted = torch.arange(len(tokens) * 3 // 4, len(tokens) - 1)
-    following = tokens[wanted + 1]
     exact: Tensor | None = None
-    rows: list[Row] = []
-    for name in get_args(KvDtype):
-        found = log_probabilities(model, tokens[:-1], wanted, name)
+    rows: dict[str, Row] = {}
+    for form in formats(model.head_dim):
+        found = log_probabilities(model, tokens[:-1], wanted, form)
         exact = found if exact is None else exact
-        rows.append(compared(name, exact, found, following, model.head_dim))
-    out = console()
-    columns = ("KV format", "bytes per key", "KL mean", "KL worst", "same choice", "NLL")
-    table = Table(*columns, title=f"Rounded keys and values, {len(tokens) - 1} tokens, dense")
+        kl = (exact.exp() * (exact - found)).sum(dim=-1)
+        likelihood = -found.gather(1, tokens[wanted + 1][:, None]).mean()
+        rows[form.name] = {
+            "kl_mean": float(kl.mean()),
+            "kl_worst": float(kl.max()),
+            "same_choice": float((exact.argmax(-1) == found.argmax(-1)).float().mean()),
+            "nll": float(likelihood),
+        }
+    return rows
+
+
+def narrowed(policy: LayerPolicy) -> LayerPolicy:
+    """The preset at KEPT_TOKENS, with true positions: what rounding does is not hidden by how much is kept,
+    nor by positions given anew."""
+    last = policy.stages[-1].model_copy(update={"keep": KEPT_TOKENS})
+    return policy.model_copy(update={"stages": (*policy.stages[:-1], last), "attend_rope": "none"})
+
+
+def attention(
+    capture: Capture, policies: Sequence[LayerPolicy], layers: Sequence[int], say: Say
+) -> dict[str, Row]:
+    """By format: mass kept and error of the output, single queries over the last quarter."""
+    head_dim = capture.q.shape[-1]
+    sums: dict[str, list[tuple[float, float]]] = {}
+    for at in layers:
+        policy = narrowed(policies[at])
+        plain = Setting("as configured", lambda budget, layer: policies[layer])
+        starts = capture.positions[capture.positions >= len(capture.token_ids) * 3 // 4]
+        starts = starts[:: max(1, len(starts) // N_QUERIES)].tolist()
+        probes = [Layer(capture, at).probe(start) for start in starts]
+        for form in formats(head_dim):
+            layer = RoundedLayer(capture, at, form)
+            ready = layer.summaries(policy)
+            for probe in probes:
+                selection = layer.select(probe, policy, plain, 0, ready)
+                mass = attended_mass(probe, selection, policy)
+                error = output_error(probe, layer.attend(probe, policy, selection, ready))
+                sums.setdefault(form.name, []).append((float(mass.mean()), float(error.mean())))
+        say(f"layer {at}")
+    return {
+        name: {
+            "mass": sum(mass for mass, _ in pairs) / len(pairs),
+            "output_error": sum(error for _, error in pairs) / len(pairs),
+        }
+        for name, pairs in sums.items()
+    }
+
+
+def facts(
+    arguments: argparse.Namespace,
+    config: Config,
+    model: ModelAdapter,
+    prompts: PromptBuilder,
+    say: Say,
+) -> dict[str, Row]:
+    """By format that is built: facts of one document that the engine finds."""
+    text = document(prompts.count, arguments.facts_tokens)
+    rows: dict[str, Row] = {}
+    for form in formats(model.head_dim):
+        if not form.built:
+            continue
+        cache = config.cache.model_copy(update={"kv_dtype": form.name})
+        own = config.model_copy(update={"cache": cache})
+        row = measured(own, model, prompts, text, lambda s: None)
+        say(f"{form.name}: {row['hits']} of {row['of']} facts in {row['seconds']:.0f} s")
+        rows[form.name] = {"facts_found": row["hits"], "facts_asked": row["of"]}
+    return rows
+
+
+def table(rows: Sequence[Row], n_tokens: int) -> Table:
+    names = ("KV format", "bytes a key and value", "KL mean", "worst", "same choice")
+    made = Table(
+        title=f"Rounded keys and values: {n_tokens} tokens read, then the preset's attention"
+    )
+    for name in (*names, "mass kept", "output error", "facts"):
+        made.add_column(name, justify="left" if name == names[0] else "right")
     for row in rows:
-        table.add_row(
-            row["format"],
-            str(row["bytes_per_key"]),
+        asked = row.get("facts_asked")
+        made.add_row(
+            row["format"] + ("" if row["built"] else ", not built"),
+            f"{row['bytes_per_token']:g}",
             f"{row['kl_mean']:.2e}",
             f"{row['kl_worst']:.2e}",
             f"{row['same_choice']:.3f}",
-            f"{row['nll']:.4f}",
+            f"{row['mass']:.4f}",
+            f"{row['output_error']:.4f}",
+            f"{row['facts_found']} of {asked}" if asked else "",
         )
-    out.print(table)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--facts-tokens", type=int, default=FACTS_TOKENS)
+    made.add_argument("--skip-facts", action="store_true")
+    arguments = made.parse_args(argv)
+    quick, out = arguments.quick, console()
+    n_tokens = arguments.tokens or (QUICK_TOKENS if quick else TOKENS)
+    config = config_of(arguments, small=quick)
+    result = record("benchmarks.formats", config, sys.argv[1:] if argv is None else argv)
+    model, prompts = load_model(config)
+    predicted = predictions(model, prompts, n_tokens)
+    n_captured = min(n_tokens * 2, QUICK_CAPTURE_TOKENS if quick else CAPTURE_TOKENS)
+    capture = Captures(config, out.print).text(n_captured)
+    layers = QUICK_LAYERS if quick else LAYERS
+    attended = attention(capture, policies_of(config, model.n_layers), layers, out.print)
+    found = {} if arguments.skip_facts else facts(arguments, config, model, prompts, out.print)
+    rows = [
+        {
+            "format": form.name,
+            "built": form.built,
+            "bytes_per_token": form.bytes_per_token,
+            **predicted[form.name],
+            **attended[form.name],
+            **found.get(form.name, {}),
+        }
+        for form in formats(model.head_dim)
+    ]
+    out.print(table(rows, n_tokens))
     path = result_path(arguments, "formats")
-    write_result(path, result | {"tokens": len(tokens) - 1, "positions": len(wanted), "rows": rows})
+    measured_on = {"tokens": n_tokens, "captured_tokens": n_captured, "layers": list(layers)}
+    write_result(path, result | measured_on | {"rows": rows})
     out.print(f"written to {path}")
 
 
