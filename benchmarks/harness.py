@@ -1,4 +1,4 @@
-"""What the benchmarks share: an engine over two real stores in this process, and a record of where
+"""What the benchmarks share: an engine over real stores in this process, and a record of where
 and how a number was measured."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,7 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "numpy", "numba")
 MEASURED = ("core", "kernels", "kvstore", "workers", "configs", "benchmarks/*.py")
 """Paths that shape the numbers: changes there mark the commit as dirty."""
-N_STORES = 2
 FLUSH_TIMEOUT_S = 60.0
 PROGRESS_EVERY_S = 10.0
 WARM_UP_TOKENS = 1000
@@ -64,16 +64,22 @@ class Session:
     """One engine, as a decode worker has it, driven by the calling thread."""
 
     def __init__(
-        self, config: Config, model: ModelAdapter, prompts: PromptBuilder, client: PageClient
+        self,
+        config: Config,
+        model: ModelAdapter,
+        prompts: PromptBuilder,
+        client: PageClient,
+        stores: Sequence[StoreService],
     ) -> None:
         self.config = config
         self.client = client
+        self._stores = stores
         self._model = model
         geometry = model_geometry(config)
         policies = policies_of(config, geometry.n_layers)
         recipe = recipe_for(config).fingerprint()
         executor = make_executor(config, model, geometry, policies, recipe, client, {})
-        self._engine = Engine(config, model, executor, recipe, prompts.tokenizer)
+        self.engine = Engine(config, model, executor, recipe, prompts.tokenizer)
 
     def ask(
         self, prompts: Sequence[Prompt], max_tokens: int, say: Say, *, ignore_eos: bool = False
@@ -88,21 +94,28 @@ class Session:
             return self._run(prompts, max_tokens, say)
         finally:
             self._model.eos_token_ids = ends
-            if not self._engine.flow.flush(FLUSH_TIMEOUT_S):
+            if not self.engine.flow.flush(FLUSH_TIMEOUT_S):
                 raise TimeoutError(f"pages were not stored within {FLUSH_TIMEOUT_S:.0f} s")
+
+    def store_stats(self) -> Counter[str]:
+        """Numbers of all stores together."""
+        total: Counter[str] = Counter()
+        for store in self._stores:
+            total.update({k: v for k, v in store.stats().items() if isinstance(v, int | float)})
+        return total
 
     def _run(self, prompts: Sequence[Prompt], max_tokens: int, say: Say) -> list[Answer]:
         names = [f"row-{next(_serial)}" for _ in prompts]
         for name, prompt in zip(names, prompts, strict=True):
             sampling = Sampling(max_tokens=max_tokens)
             request = RowRequest(name, prompt.token_ids, prompt.n_context_tokens, sampling)
-            self._engine.submit(request)
+            self.engine.submit(request)
         started_s = spoken_s = time.monotonic()
         prefill: dict[str, dict[str, float]] = {}
         begun: dict[str, dict[str, float]] = {}
         done: dict[str, Answer] = {}
-        while self._engine.n_rows:
-            for event in self._engine.step():
+        while self.engine.n_rows:
+            for event in self.engine.step():
                 if event.error is not None:
                     raise event.error
                 if event.kind == "token" and event.payload["index"] == 0:
@@ -119,19 +132,19 @@ class Session:
             if time.monotonic() - spoken_s > PROGRESS_EVERY_S:
                 spoken_s = time.monotonic()
                 say(self._progress(spoken_s - started_s))
-            if not self._engine.can_progress:
+            if not self.engine.can_progress:
                 time.sleep(0.002)
         return [done[name] for name in names]
 
     def _counters(self, row_id: str) -> dict[str, float]:
         """Counters of a running row; empty if it ended in this very step."""
-        for row in self._engine.rows:
+        for row in self.engine.rows:
             if row.row_id == row_id:
                 return dict(row.stats.to_dict())
         return {}
 
     def _progress(self, elapsed_s: float) -> str:
-        rows = self._engine.rows
+        rows = self.engine.rows
         n_prefilled = sum(row.stats.tokens_prefilled for row in rows)
         total = max((row.n_prompt for row in rows), default=0)
         n_decoded = sum(len(row.tokens) for row in rows)
@@ -140,14 +153,18 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(config: Config, model: ModelAdapter, prompts: PromptBuilder) -> Iterator[Session]:
-    """An engine whose pages go to two stores of this process; arenas are gone afterwards."""
+    """An engine whose pages go to stores of this process; arenas are gone afterwards."""
     geometry = model_geometry(config)
     with contextlib.ExitStack() as stack:
         addresses = {}
-        for i in range(N_STORES):
+        stores = []
+        for i in range(config.store.count):
             store = config.store
             name = f"store-{i}"
-            service = StoreService(name, "bench", store.arena_dir, geometry, store.capacity_bytes)
+            service = StoreService(
+                name, "bench", store.arena_dir, geometry, store.capacity_bytes, config=store
+            )
+            stores.append(service)
             stack.callback(service.close)
             server = serve(service, f"mem://bench-{next(_serial)}-{name}")
             stack.callback(server.stop)
@@ -163,7 +180,7 @@ def open_session(config: Config, model: ModelAdapter, prompts: PromptBuilder) ->
             owner="bench",
         )
         stack.callback(client.close)
-        yield Session(config, model, prompts, client)
+        yield Session(config, model, prompts, client, stores)
 
 
 def load_model(config: Config) -> tuple[ModelAdapter, PromptBuilder]:

@@ -152,7 +152,7 @@ def measured(
 def ours_at(session: Session, prompt: Prompt, asked: Asked) -> Row:
     """A prompt in a session; a text of which the stores hold the beginning is only read on."""
     before = fresh_peak()
-    with moments(session._engine, "step", lambda s: any(e.kind == "token" for e in s)) as seen:
+    with moments(session.engine, "step", lambda s: any(e.kind == "token" for e in s)) as seen:
         answer = session.ask([prompt], asked.n_steps + 1, asked.say, ignore_eos=True)[0]
     stats, memory = answer.stats, {"before": before, "after": resident_bytes()}
     step_s = [b - a for a, b in itertools.pairwise(seen)]
