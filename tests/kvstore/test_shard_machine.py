@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longreach.core.clock import ManualClock
 from longreach.core.errors import LeaseExpired, StoreFull
@@ -60,6 +60,7 @@ class ShardMachine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.hook = Hook()
         self.versions: dict[int, set[int]] = {}  # page -> versions that may be held
+        self.n_steps = 0  # since the start or the last crash
         self._open()
 
     def _open(self) -> None:
@@ -111,6 +112,10 @@ class ShardMachine(RuleBasedStateMachine):
         now = self.clock.monotonic_s()
         self.deadline[owner] = max(self.deadline.get(owner, 0.0), now + LEASE_S)
 
+    @initialize(n_missing=st.integers(0, 4))
+    def fill(self, n_missing: int) -> None:
+        self.put(0, N_KEYS - n_missing, 0, "a", False)
+
     @rule(i=KEYS, version=st.integers(0, 2), owner=OWNERS)
     def prepare_store(self, i: int, version: int, owner: str) -> None:
         page = content_of(i, version)
@@ -141,11 +146,25 @@ class ShardMachine(RuleBasedStateMachine):
         self.hook.code = code
         self.writes.append((begun, version))
 
+    @rule(first=KEYS, n=st.integers(2, N_KEYS), version=st.integers(0, 2), owner=OWNERS, keep=st.booleans())
+    def put(self, first: int, n: int, version: int, owner: str, keep: bool) -> None:
+        for i in range(first, min(first + n, N_KEYS)):
+            n_before = len(self.writes)
+            self.prepare_store(i, version, owner)
+            if len(self.writes) > n_before:
+                self._complete(len(self.writes) - 1)
+        if not keep:
+            self.release(owner)
+
+    @precondition(lambda self: self.writes)
     @rule(data=st.data())
     def complete_store(self, data: st.DataObject) -> None:
-        if not self.writes or self.hook.code == errno.EIO:
+        self._complete(data.draw(st.integers(0, len(self.writes) - 1)))
+
+    def _complete(self, which: int) -> None:
+        if self.hook.code == errno.EIO:
             return
-        write, version = self.writes.pop(data.draw(st.integers(0, len(self.writes) - 1)))
+        write, version = self.writes.pop(which)
         now = self.clock.monotonic_s()
         i = self._bytes(write.page.slot)[0] // 16
         was_held = self.shard.lookup([write.page.key])[0]
@@ -199,6 +218,7 @@ class ShardMachine(RuleBasedStateMachine):
                 raise AssertionError("an expired write is still open")
             self._forget(owner)
 
+    @precondition(lambda self: len(self.checks) < 2)
     @rule(i=KEYS)
     def begin_check(self, i: int) -> None:
         page = self.shard.begin_check(key_of(i))
@@ -225,6 +245,7 @@ class ShardMachine(RuleBasedStateMachine):
 
     @invariant()
     def pinned_bytes_never_change(self) -> None:
+        self.n_steps += 1
         for slots in self.pinned.values():
             for slot, expected in slots.items():
                 assert self._bytes(slot) == expected
@@ -259,8 +280,8 @@ class ShardMachine(RuleBasedStateMachine):
 
 
 class TieredMachine(ShardMachine):
-    N_ARENA = 4
-    N_DISK = 3
+    N_ARENA = 3
+    N_DISK = 4
 
     @precondition(lambda self: len(self.moves) < 3)
     @rule()
@@ -268,6 +289,15 @@ class TieredMachine(ShardMachine):
         move = self.shard.moves.next_down(self.clock.monotonic_s())
         if move is not None:
             self.moves.append(move)
+
+    @rule()
+    def move_all_down(self) -> None:
+        while len(self.moves) < 9:
+            n_before = len(self.moves)
+            self.begin_down()
+            if len(self.moves) == n_before:
+                break
+            self._finish(n_before)
 
     @precondition(lambda self: len(self.moves) < 3)
     @rule(i=KEYS)
@@ -279,7 +309,10 @@ class TieredMachine(ShardMachine):
     @precondition(lambda self: self.moves)
     @rule(data=st.data())
     def finish_move(self, data: st.DataObject) -> None:
-        move = self.moves.pop(data.draw(st.integers(0, len(self.moves) - 1)))
+        self._finish(data.draw(st.integers(0, len(self.moves) - 1)))
+
+    def _finish(self, which: int) -> None:
+        move = self.moves.pop(which)
         bad, copied = read_checked(self.shard.slots, move.page, move.source), False
         if not isinstance(bad, BadCopy):
             try:
@@ -291,7 +324,7 @@ class TieredMachine(ShardMachine):
             self.shard.table.bad_copy(move.page, bad.slot, bad.reason)
         self.shard.moves.finish(move, copied)
 
-    @rule(code=st.sampled_from([None, None, errno.ENOSPC, errno.EIO]))
+    @rule(code=st.sampled_from([None, None, None, errno.ENOSPC, errno.EIO]))
     def disk_fails_or_recovers(self, code: int | None) -> None:
         self.hook.code = code
 
@@ -300,6 +333,7 @@ class TieredMachine(ShardMachine):
         assert self.index is not None
         self.index.flush()
 
+    @precondition(lambda self: self.n_steps > 15)
     @rule(write_index=st.booleans())
     def crash(self, write_index: bool) -> None:
         """What was not written to the index is lost; what it says may be outdated."""
@@ -312,6 +346,7 @@ class TieredMachine(ShardMachine):
             p.key for p in self.shard.table.pages.values()
             if max(p.slot, p.backup or 0) >= self.N_ARENA
         }  # fmt: skip
+        self.n_steps = 0
         self._close()
         self._open()
         self.versions = dict(may_be_held)
@@ -323,9 +358,9 @@ class ThroughMachine(TieredMachine):
     THROUGH = True
 
 
-ShardMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TieredMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
-ThroughMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+ShardMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TieredMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+ThroughMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestShard = ShardMachine.TestCase
 TestTiers = TieredMachine.TestCase
 TestThrough = ThroughMachine.TestCase
