@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from ..core.page_key import PageKey, RecipeFingerprint
 from .arena import Arena
 from .disk import DiskTier
 from .disk_index import DiskIndex
+from .leases import Leases, OpenWrite
 from .page import Checksums, page_checksums
 from .page_checks import BadCopy
 from .page_slots import PageSlots
@@ -29,24 +29,6 @@ from .tier_moves import TierMoves
 
 __all__ = ["HeldPage", "OpenWrite", "StoreShard"]
 ALL_KEYS = 1 << 40
-
-
-@dataclass(eq=False, slots=True)
-class OpenWrite:
-    """A slot between prepare_store and complete_store."""
-
-    write_id: int
-    page: HeldPage
-    owner: str
-
-
-@dataclass(eq=False, slots=True)
-class _Lease:
-    """All that one owner pins, with one deadline: renewing it is one operation."""
-
-    deadline_s: float
-    pages: dict[HeldPage, None] = field(default_factory=dict)  # in order of acquisition
-    writes: dict[int, OpenWrite] = field(default_factory=dict)
 
 
 class StoreShard:
@@ -67,7 +49,7 @@ class StoreShard:
         self.slots = PageSlots(arena, disk)
         self.table = PageTable(self.slots, index, write_through)
         self.moves = TierMoves(self.table, high, low, write_through)
-        self._leases: dict[str, _Lease] = {}
+        self._leases = Leases()
         self._next_write_id = 1
 
     def lookup(self, keys: Iterable[PageKey]) -> list[bool]:
@@ -106,7 +88,7 @@ class StoreShard:
         for page in [page for page in lease.pages if page.key in wanted]:
             del lease.pages[page]
             self._unpin(page)
-        self._forget_if_empty(owner)
+        self._leases.forget_if_empty(owner)
 
     def prepare_store(
         self,
@@ -132,7 +114,7 @@ class StoreShard:
         page = HeldPage(key, parent_key, recipe, checksums, slot)
         write = OpenWrite(self._next_write_id, page, owner)
         self._next_write_id += 1
-        self._lease(owner, now, lease_s).writes[write.write_id] = write
+        self._leases.extend(owner, now, lease_s).writes[write.write_id] = write
         return write
 
     def open_write(self, write_id: int, owner: str) -> OpenWrite:
@@ -160,14 +142,14 @@ class StoreShard:
         """
         self.expire(now)
         write = self.open_write(write_id, owner)
-        del self._leases[owner].writes[write_id]
         page = write.page
         if actual is None:
             actual = page_checksums(self.slots.read(page.slot), self.slots.geometry)
+        self._leases.extend(owner, now, lease_s).writes.pop(write_id)
         bad = np.flatnonzero(actual != page.checksums)
         if len(bad):
             self.slots.give_back(page.slot)
-            self._forget_if_empty(owner)
+            self._leases.forget_if_empty(owner)
             self._counters["corrupt_detected"] += 1
             raise PageCorrupt(
                 f"{len(bad)} of {len(actual)} leaves were not written as announced, "
@@ -191,7 +173,7 @@ class StoreShard:
         write = lease.writes.pop(write_id, None) if lease is not None else None
         if write is not None:
             self.slots.give_back(write.page.slot)
-            self._forget_if_empty(owner)
+            self._leases.forget_if_empty(owner)
 
     def touch(self, keys: Sequence[PageKey]) -> None:
         """Makes pages most recent; the first of keys, on which the others build, the most."""
@@ -247,20 +229,19 @@ class StoreShard:
     def renew(self, owner: str, now: float, lease_s: float) -> bool:
         """False if the owner's lease has ended: what it pinned may be gone."""
         self.expire(now)
-        lease = self._leases.get(owner)
-        if lease is None:
+        if self._leases.get(owner) is None:
             return False
-        lease.deadline_s = max(lease.deadline_s, now + lease_s)
+        self._leases.extend(owner, now, lease_s)
         return True
 
     def release(self, owner: str, prefix: bool = False) -> int:
         """Ends the lease of an owner, or of all whose name starts so. Returns pages unpinned."""
-        names = [n for n in self._leases if n.startswith(owner)] if prefix else [owner]
+        names = self._leases.named(owner) if prefix else [owner]
         return sum(self._end_lease(name) for name in names)
 
     def expire(self, now: float) -> int:
         """Ends the leases whose deadline has passed. Returns how many."""
-        late = [name for name, lease in self._leases.items() if lease.deadline_s <= now]
+        late = self._leases.late(now)
         for name in late:
             self._end_lease(name)
         self._counters["leases_expired"] += len(late)
@@ -280,7 +261,7 @@ class StoreShard:
             "pages_held": len(self.table.pages),
             "pages_pinned": self.table.order.n_pinned,
             "slots_free": slots.n_free_arena + slots.n_free_disk,
-            "writes_open": sum(len(lease.writes) for lease in self._leases.values()),
+            "writes_open": self._leases.n_writes(),
             "leases": len(self._leases),
             "bytes_held": len(self.table.pages) * n_bytes,
             "arena_slots": slots.n_arena,
@@ -296,15 +277,8 @@ class StoreShard:
     def _counters(self) -> dict[str, int]:
         return self.table.counters
 
-    def _lease(self, owner: str, now: float, lease_s: float) -> _Lease:
-        lease = self._leases.get(owner)
-        if lease is None:
-            lease = self._leases[owner] = _Lease(now + lease_s)
-        lease.deadline_s = max(lease.deadline_s, now + lease_s)
-        return lease
-
     def _pin(self, page: HeldPage, owner: str, now: float, lease_s: float) -> None:
-        lease = self._lease(owner, now, lease_s)
+        lease = self._leases.extend(owner, now, lease_s)
         if page in lease.pages:
             return
         lease.pages[page] = None
@@ -321,7 +295,7 @@ class StoreShard:
         self.table.settle(page)
 
     def _end_lease(self, owner: str) -> int:
-        lease = self._leases.pop(owner, None)
+        lease = self._leases.pop(owner)
         if lease is None:
             return 0
         # last acquired first: the head of a context, on which the rest builds, stays longest
@@ -330,11 +304,6 @@ class StoreShard:
         for write in lease.writes.values():
             self.slots.give_back(write.page.slot)
         return len(lease.pages)
-
-    def _forget_if_empty(self, owner: str) -> None:
-        lease = self._leases.get(owner)
-        if lease is not None and not lease.pages and not lease.writes:
-            del self._leases[owner]
 
     def _count_duplicate(self, held: HeldPage, checksums: Checksums) -> None:
         same = np.array_equal(held.checksums, checksums)
