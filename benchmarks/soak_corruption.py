@@ -46,20 +46,23 @@ SAY_EVERY_S = 20.0
 # 2 KiB a page, so that the run is one of decisions and not of bytes
 GEOMETRY = PageGeometry(n_layers=2, n_kv_heads=2, page_tokens=8, head_dim=16, kv_dtype="float16")
 RECIPE = RecipeFingerprint(b"soak".ljust(32, b"."))
-WAYS = tuple(itertools.product(("mem", "tcp"), ("in place", "wire")))
+WAYS = tuple(itertools.product(("mem", "tcp"), ("in place", "from disk", "wire")))
 KINDS = ("corrupt_sent", "corrupt_mapped", "corrupt_held", "corrupt_write")
 
 _serial = itertools.count()
 Row = dict[str, Any]
 
 
-def soak_config(seed: int, share: float, n_pages: int, arena_dir: Path) -> Config:
-    """Stores with room for everything; nothing but corruption goes wrong."""
-    store = {
-        "count": N_STORES,
-        "arena_dir": str(arena_dir),
-        "capacity_bytes": 2 * n_pages * GEOMETRY.page_nbytes,
-    }
+def soak_config(seed: int, share: float, n_pages: int, arena_dir: Path, way: str = "") -> Config:
+    """Stores with room for everything; nothing but corruption goes wrong. From disk: one page in eight
+    is in the arena."""
+    n_bytes = 2 * n_pages * GEOMETRY.page_nbytes
+    store: dict[str, Any] = {"count": N_STORES, "arena_dir": str(arena_dir)}
+    if way == "from disk":
+        store |= {"capacity_bytes": n_bytes // 16, "disk_bytes": n_bytes}
+        store |= {"disk_dir": str(arena_dir / f"disk-{next(_serial)}"), "scrub_bytes_per_s": 0}
+    else:
+        store["capacity_bytes"] = n_bytes
     return Config.model_validate({"store": store, "faults": {"seed": seed, "corrupt": share}})
 
 
@@ -173,12 +176,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("longreach").setLevel(logging.CRITICAL)  # a line per fault otherwise
     with tempfile.TemporaryDirectory(prefix="longreach-soak-", dir=arguments.arena_dir) as arenas:
         n_pages = arguments.pages
-        config = soak_config(arguments.seed, arguments.share, n_pages, Path(arenas))
+        settings = (arguments.seed, arguments.share, n_pages, Path(arenas))
+        config = soak_config(*settings)
         result = record(
             "benchmarks.soak_corruption", config, sys.argv[1:] if argv is None else argv
         )
         n_reads = arguments.reads // len(WAYS)
-        rows = [soak(config, *way, n_reads, n_pages) for way in WAYS]
+        rows = [soak(soak_config(*settings, way[1]), *way, n_reads, n_pages) for way in WAYS]
     table = Table(
         "transport", "read", "reads", "accepted", "wrong", "injected", "found", "uncounted",
         "from a replica", "made again", "reads/s",

@@ -47,10 +47,11 @@ def build_store(
     config: Config, store_id: str, node_id: str, geometry: Mapping[str, Any]
 ) -> Service:
     """One KV store shard behind the transport."""
-    from ..kvstore.faults import with_faults
+    from ..kvstore.faults import disk_faults, with_faults
     from ..kvstore.page import PageGeometry
     from ..kvstore.store_service import StoreService
 
+    disk = disk_faults(config.faults, store_id)
     service = StoreService(
         store_id,
         node_id,
@@ -58,8 +59,10 @@ def build_store(
         PageGeometry.from_dict(dict(geometry)),
         config.store.capacity_bytes,
         faults=config.store.faults or config.faults.corrupt > 0,
+        config=config.store,
+        disk_hook=disk,
     )
-    return with_faults(service, config.faults, store_id, store=True)
+    return with_faults(service, config.faults, store_id, store=True, disk=disk)
 
 
 def build_retriever(config: Config, retriever_id: str, node_id: str) -> Service:

@@ -254,6 +254,8 @@ class Config(_Section):
             "retriever": self.retriever.count,
         }
         self.faults.check_parts(f"{kind}-{i}" for kind, n in counts.items() for i in range(n))
+        if self.faults.of_disks and self.store.disk_dir is None:
+            raise ValueError("faults of disks (disk_full, disk_error, slow_disk) need store.disk_dir")
         if self.faults.pause and self.cluster.wiring == "ray" and self.cluster.ray_address:
             raise ValueError(
                 "faults.pause needs the parts' processes on this machine; with "

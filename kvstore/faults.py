@@ -62,10 +62,19 @@ class FaultyService:
     `store`: the service holds pages; then their bytes are damaged too.
     """
 
-    def __init__(self, service: Service, plan: FaultPlan, where: str, *, store: bool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        plan: FaultPlan,
+        where: str,
+        *,
+        store: bool,
+        disk: DiskFaults | None = None,
+    ) -> None:
         self.service = service
         self.counts = FaultCounts(plan, where)
         self.is_store = store
+        self._disk = disk
         self._paused_until_s = float("-inf")
         log.error("FAULTS ARE INJECTED at %s: %s", where, plan.config)
 
@@ -126,7 +135,10 @@ class FaultyService:
     def _labelled(self, method: str, made: Reply | Iterator[Reply]) -> Reply | Iterator[Reply]:
         if method != "stats" or not isinstance(made, Reply):
             return made
-        return Reply({**made.header, **self.counts.snapshot()}, made.buffers)
+        counts = Counter(self.counts.snapshot())
+        if self._disk is not None:
+            counts.update(self._disk.counts.snapshot())
+        return Reply({**made.header, **counts}, made.buffers)
 
 
 class _FaultyReplies(Iterator[Reply]):
@@ -217,9 +229,19 @@ def flipped(buffer: Buffer, share: float) -> memoryview:
 
 
 def with_faults(
-    service: Service, config: FaultsConfig, where: str, *, store: bool = False
+    service: Service,
+    config: FaultsConfig,
+    where: str,
+    *,
+    store: bool = False,
+    disk: DiskFaults | None = None,
 ) -> Service:
-    """The service itself, unless the plan has faults for it."""
+    """The service itself, unless the plan has faults for it. disk: its disk tier's, to be counted."""
     if not config.in_parts:
         return service
-    return FaultyService(service, FaultPlan(config), where, store=store)
+    return FaultyService(service, FaultPlan(config), where, store=store, disk=disk)
+
+
+def disk_faults(config: FaultsConfig, where: str) -> DiskFaults | None:
+    """The hook of a disk tier; None if the plan has no faults for it."""
+    return DiskFaults(FaultPlan(config), where) if config.of_disks else None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..core.clock import Clock, SystemClock
 from ..core.config import StoreConfig
 from ..core.errors import FailedPrecondition, InvalidInput, NotFound
+from .disk import DiskHook
 from .membership import Membership
 from .page import PageGeometry
 from .repairer import Repairer
@@ -32,8 +33,9 @@ class StoreService:
         faults: bool = False,
         clock: Clock | None = None,
         config: StoreConfig | None = None,
+        disk_hook: DiskHook | None = None,
     ) -> None:
-        """config: the tiers' settings; none takes their defaults (no disk)."""
+        """config: the tiers' settings; none takes their defaults (no disk). disk_hook: faults of it."""
         self.store_id = store_id
         self.node_id = node_id
         self.geometry = geometry
@@ -45,6 +47,8 @@ class StoreService:
             config or StoreConfig(),
             clock or SystemClock(),
         )
+        if core.disk is not None:
+            core.disk.hook = disk_hook
         self._shard = core.shard
         self._lock = core.lock
         self._faults = faults

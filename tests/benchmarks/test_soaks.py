@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_20_000_reads_at_one_percent_corruption(
@@ -47,3 +47,29 @@ def test_the_soak_would_see_a_wrong_page_and_an_uncounted_fault(
     total = json.loads(out.read_text())["total"]
     assert total["wrong"] > 20
     assert total["uncounted"] > 20
+
+
+def test_60_rows_leave_nothing_behind(tmp_path: Path) -> None:
+    soak = importlib.import_module("benchmarks.soak_leaks")
+    out = tmp_path / "leaks.json"
+    soak.main(["--rows", "60", "--seed", "3", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["rows"] >= 60
+    assert result["left_over"] == {}
+    assert {"answered", "cancelled", "connection_lost", "refused"} <= set(result["ends"])
+    assert result["faults"]["faults_injected"] > 0
+    assert result["before"]["descriptors"] > 10
+    assert result["before"]["shared-memory mappings"] > 0
+
+
+def test_what_is_left_is_what_there_is_more_of() -> None:
+    soak = importlib.import_module("benchmarks.soak_leaks")
+    assert soak.left_over({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "c": 0}) == {"b": 3}
+
+
+def test_slopes_are_those_of_the_samples() -> None:
+    soak = importlib.import_module("benchmarks.soak_leaks")
+    memory = soak.Memory()
+    memory.samples = [(60.0 * i, int(5e6 * i), int(7e8 - 2e6 * i)) for i in range(20)]
+    assert memory.slopes()["all"] == pytest.approx(5.0)
+    assert memory.slopes()["own in the second half"] == pytest.approx(-2.0)
