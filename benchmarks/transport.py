@@ -1,15 +1,16 @@
 """Round trips between two processes of one node: which wire carries pages (docs/decisions/0002).
 
-    python benchmarks/transport.py [--seconds 2] [--out benchmarks/results/transport.json]
+    python -m benchmarks.transport [--seconds 2] [--pages 512] [--out benchmarks/results/transport.json]
 
 One request of a few bytes, one answer of 256 KiB or 4 MiB, as a store answers a read. Every peer
-runs in a process of its own. "stream" takes 16 answers from one request; its time is per answer.
+runs in a process of its own. "stream" takes 64 answers from one request; its time is per answer.
+Then pages as a worker reads them, from stores of their own (page_rates.py). On a machine that other
+work keeps busy compare lines of one run, not absolute values.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import socket
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = (256 << 10, 4 << 20)
-N_STREAM = 16
+N_STREAM = 64
 HERE = Path(__file__).resolve()
 
 
@@ -37,6 +38,8 @@ def peer_longreach() -> None:
 
     class Pages:
         def handle(self, method: str, header: dict[str, Any], buffers: Any) -> Any:
+            if method == "nothing":
+                return Reply({})
             if method == "page":
                 return Reply({}, [pages[header["size"]]])
             return (Reply({}, [pages[header["size"]]]) for _ in range(N_STREAM))
@@ -108,10 +111,20 @@ def longreach_calls(address: str) -> dict[str, tuple[Fetch, int]]:
         return memoryview(reply.buffers[0]).nbytes
 
     def stream(size: int) -> int:
-        replies = channel.stream("pages", {"size": size}, idle_timeout_s=30.0)
+        replies = channel.stream(
+            "pages", {"size": size}, idle_timeout_s=30.0, credit=64, bundle_bytes=2 << 20
+        )
         return sum(memoryview(reply.buffers[0]).nbytes for reply in replies)
 
-    return {"longreach (zmq) unary": (unary, 1), "longreach (zmq) stream": (stream, N_STREAM)}
+    def idle(size: int) -> int:
+        channel.call("nothing", timeout_s=30.0)
+        return size
+
+    return {
+        "longreach (zmq) empty": (idle, 1),
+        "longreach (zmq) unary": (unary, 1),
+        "longreach (zmq) stream": (stream, N_STREAM),
+    }
 
 
 def grpc_calls(address: str) -> dict[str, tuple[Fetch, int]]:
@@ -244,6 +257,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="per line of the table")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "transport.json")
     parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--pages", type=int, default=512, help="of 256 KiB in a batch")
+    parser.add_argument("--times", type=int, default=9, help="batches per line")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
@@ -256,9 +271,15 @@ def main() -> None:
             f"{row['what']:24}{row['bytes'] >> 10:>6} KiB{row['median_ms']:>12.3f}"
             f"{row['p95_ms']:>10.3f}{row['gb_per_s']:>8.2f}"
         )
-    result = {"commit": commit(), "machine": machine(), "command": sys.argv[1:], "rows": rows}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    # imported here because harness and page_rates import this module
+    from benchmarks.harness import write_result
+    from benchmarks.page_rates import measure as measure_pages
+
+    pages = measure_pages(arguments.pages, arguments.times)
+    for name, row in pages.items():
+        print(name, *(f"{what} {value}" for what, value in row.items()), sep="  ")
+    result = {"commit": commit(), "machine": machine(), "command": sys.argv[1:]}
+    write_result(arguments.out, {**result, "rows": rows, "pages": pages})
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ HEARTBEAT_TIMEOUT_MS = 10_000
 MAX_FRAME_BYTES = 1 << 30
 LINGER_MS = 1_000
 NEVER_MS = 86_400_000
-KEPT_MESSAGE_BYTES = 4 << 20
+KEPT_MESSAGE_BYTES = 16 << 20
 """Received frames up to this size share memory that is used again."""
-KEPT_BYTES = 32 << 20
+KEPT_BYTES = 64 << 20
 """Freed memory that malloc keeps at the end of each of its arenas."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 RECEIVE_BATCH = 64
