@@ -188,6 +188,8 @@ class Gateway:
                 ("grpc.max_send_message_length", limit),
                 # long prefills send little: clients may ping often, also between calls
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                # on a busy machine pings arrive in bunches: a client must not be cut off for that
+                ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),

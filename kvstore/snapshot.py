@@ -169,7 +169,7 @@ def check_fits(manifest: Manifest, recipe: Recipe, model: str, source: str) -> N
         if field == "model_fingerprint":
             meaning += f" ({manifest.model} there, {model} here)"
         raise FailedPrecondition(
-            f"{source} is of {meaning}: {field} is {there!r} in the snapshot and {ours!r} here; "
+            f"{source} is of {meaning}: {field} is {_short(there)} in the snapshot and {_short(ours)} here; "
             "restore it on a cluster with the configuration that wrote it",
             field=field,
             snapshot=str(there),
@@ -181,6 +181,11 @@ def check_fits(manifest: Manifest, recipe: Recipe, model: str, source: str) -> N
             f"{recipe.fingerprint().hex()[:16]}: another release wrote it",
             field="fingerprint",
         )
+
+
+def _short(value: Any) -> str:
+    """A fingerprint is told by its beginning; `details` hold all of it."""
+    return f"{value[:16]!r}…" if isinstance(value, str) and len(value) > 20 else repr(value)
 
 
 def check_geometry(manifest: Manifest, geometry: PageGeometry, source: str) -> None:
