@@ -15,7 +15,7 @@ from tests.e2e.serving import Serve
 
 ROWS_PER_JOB = 6
 OPEN_JOBS = 2
-END_S = 240.0
+END_S = 600.0
 """Longest wait for the open jobs when time is up."""
 
 Row = dict[str, Any]

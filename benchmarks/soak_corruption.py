@@ -39,9 +39,9 @@ from longreach.kvstore.transport import connect, serve
 from .harness import ROOT, console, record, write_result
 
 N_READS = 1_000_000
-N_PAGES = 2048
+N_PAGES = 4096
 N_STORES = 3
-BATCH = 256
+BATCH = 1024
 SAY_EVERY_S = 20.0
 # 2 KiB a page, so that the run is one of decisions and not of bytes
 GEOMETRY = PageGeometry(n_layers=2, n_kv_heads=2, page_tokens=8, head_dim=16, kv_dtype="float16")
@@ -171,6 +171,12 @@ def uncounted(row: Row) -> int:
     return abs(by_client) + abs(by_stores)
 
 
+def totals(rows: Sequence[Row]) -> dict[str, int]:
+    names = ("reads", "accepted", "wrong", "recomputed", "uncounted")
+    injected = sum(sum(row["injected"].values()) for row in rows)
+    return {**{name: sum(row[name] for row in rows) for name in names}, "injected": injected}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     logging.getLogger("longreach").setLevel(logging.CRITICAL)  # a line per fault otherwise
@@ -182,14 +188,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             "benchmarks.soak_corruption", config, sys.argv[1:] if argv is None else argv
         )
         n_reads = arguments.reads // len(WAYS)
-        rows = [soak(soak_config(*settings, way[1]), *way, n_reads, n_pages) for way in WAYS]
+        rows: list[Row] = []
+        for way in WAYS:
+            rows.append(soak(soak_config(*settings, way[1]), *way, n_reads, n_pages))
+            rows[-1]["uncounted"] = uncounted(rows[-1])
+            # a run that is cut short leaves the ways that it came to
+            total = totals(rows)
+            write_result(arguments.out, result | {"total": total, "rows": rows})
     table = Table(
         "transport", "read", "reads", "accepted", "wrong", "injected", "found", "uncounted",
         "from a replica", "made again", "reads/s",
         title=f"{arguments.share:.1%} of page reads damaged, seed {arguments.seed}",
     )  # fmt: skip
     for row in rows:
-        row["uncounted"] = uncounted(row)
         # a fault in mapped memory is counted twice: by the client, and by the store that it tells
         n_found = row["found_by_client"] + row["injected"]["corrupt_held"]
         cells = (
@@ -200,15 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row(*(f"{c:,}" if isinstance(c, int) else c for c in cells))
     out = console()
     out.print(table)
-    total = {
-        "reads": sum(row["reads"] for row in rows),
-        "wrong": sum(row["wrong"] for row in rows),
-        "injected": sum(sum(row["injected"].values()) for row in rows),
-        "uncounted": sum(row["uncounted"] for row in rows),
-        "recomputed": sum(row["recomputed"] for row in rows),
-    }
     out.print(", ".join(f"{name} {value:,}" for name, value in total.items()))
-    write_result(arguments.out, result | {"total": total, "rows": rows})
     out.print(f"written to {arguments.out}")
     if total["wrong"] or total["uncounted"]:
         raise SystemExit(1)

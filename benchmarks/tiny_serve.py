@@ -16,6 +16,8 @@ from tests.workers.tiny import make_tiny
 
 N_STORES, N_WORKERS = 3, 2
 PAGE_TOKENS = 64
+START_S = 300.0
+"""Longest wait for the parts; on a busy machine a Ray takes minutes."""
 
 # the 3K preset scaled down, as the end-to-end tests have it
 _STAGES = [
@@ -42,11 +44,12 @@ def write_config(directory: Path, arenas: Path) -> Path:
             "replicas": 2,
             "capacity_bytes": 24 << 20,
             "arena_dir": str(arenas),
-            "timeout_s": 3,
+            "timeout_s": 5,
             "lease_s": 120,
             "repair_delay_s": 3,
         },
-        "gateway": {"drain_timeout_s": 30, "heartbeat_timeout_s": 8},
+        "gateway": {"drain_timeout_s": 30, "heartbeat_timeout_s": 15},
+        "cluster": {"start_timeout_s": START_S},
     }
     path = directory / "chaos.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -61,7 +64,7 @@ def new_serve(config: Path, wiring: str, directory: Path, mark: str = "") -> Ser
 @contextlib.contextmanager
 def serving(serve: Serve, *more: str) -> Iterator[Serve]:
     try:
-        yield serve.start(*more)
+        yield serve.start(*more, timeout_s=START_S)
     finally:
         if serve.process is not None:
             serve.stop(120.0)

@@ -102,12 +102,12 @@ class Serve:
     address: str = ""
     _clients: list[Client] = field(default_factory=list)
 
-    def start(self, *more: str) -> Serve:
+    def start(self, *more: str, timeout_s: float = START_S) -> Serve:
         assert self.process is None
         log = (self.state_dir.parent / f"{self.state_dir.name}.log").open("a")
         with log:
             self.process = self.popen(*more, stdout=log, stderr=log)
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"serve ended: {self.log()}"
             with contextlib.suppress(OSError, ValueError):
@@ -116,7 +116,7 @@ class Serve:
                     self.address = str(found["address"])
                     return self
             time.sleep(0.05)
-        raise AssertionError(f"serve did not come up in {START_S} s: {self.log()}")
+        raise AssertionError(f"serve did not come up in {timeout_s} s: {self.log()}")
 
     def popen(self, *more: str, **files: Any) -> subprocess.Popen[str]:
         """A serve process on this state directory, not waited for."""
