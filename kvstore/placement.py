@@ -26,10 +26,19 @@ def rank(key: PageKey, members: Iterable[Member]) -> list[str]:
     The earliest of each zone come first, then the earliest of each further node, then the rest, so
     that any leading part of the list is spread as far as it can be. Draining members come last.
     """
-    raced = sorted(members, key=lambda m: (m.draining, _time(key, m), m.store_id))
-    n_staying = sum(not member.draining for member in raced)
-    ordered = _spread(raced[:n_staying]) + _spread(raced[n_staying:])
-    return [member.store_id for member in ordered]
+    digest, log = xxhash.xxh3_64_intdigest, math.log
+    raced = sorted(
+        (
+            member.draining,
+            -log((digest(key + member.store_id.encode()) + 0.5) * _UNIT) / member.weight,
+            member.store_id,
+            member,
+        )
+        for member in members
+    )
+    ordered = [entry[3] for entry in raced]
+    n_staying = sum(not entry[0] for entry in raced)
+    return [m.store_id for m in _spread(ordered[:n_staying]) + _spread(ordered[n_staying:])]
 
 
 def place(key: PageKey, members: Iterable[Member], replicas: int) -> list[str]:
@@ -42,12 +51,9 @@ def rendezvous(key: PageKey, names: Iterable[str], replicas: int) -> list[str]:
     return place(key, [Member(name, name) for name in names], replicas)
 
 
-def _time(key: PageKey, member: Member) -> float:
-    draw = xxhash.xxh3_64_intdigest(key + member.store_id.encode())
-    return -math.log((draw + 0.5) * _UNIT) / member.weight
-
-
 def _spread(raced: Sequence[Member]) -> list[Member]:
+    if len(raced) < 2:
+        return list(raced)
     zones: set[str] = set()
     nodes: set[str] = set()
     first: list[Member] = []

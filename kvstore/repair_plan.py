@@ -13,12 +13,13 @@ stores are of one epoch they agree on the targets, and targets do not drop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..core.page_key import PageKey
-from .membership import Membership
-from .placement import rank
+
+Ranks = Mapping[PageKey, list[str]]
+"""Each page's order of the members (`placement.rank`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,10 @@ class Todo:
     droppable: bool = False
 
 
-def questions(
-    me: str, membership: Membership, replicas: int, keys: Iterable[PageKey]
-) -> dict[str, list[PageKey]]:
+def questions(me: str, replicas: int, ranks: Ranks) -> dict[str, list[PageKey]]:
     """Whom to ask for which of my pages: the targets, and whoever would give copies before me."""
     asked: dict[str, list[PageKey]] = {}
-    for key in keys:
-        ranked = rank(key, membership)
+    for key, ranked in ranks.items():
         n_before = ranked.index(me) if me in ranked else len(ranked)
         for store_id in ranked[: max(n_before, replicas)]:
             if store_id != me:
@@ -71,27 +69,28 @@ def questions(
 
 def plan(
     me: str,
-    membership: Membership,
     replicas: int,
-    pages: Sequence[OwnPage],
+    epoch: int,
+    ranks: Ranks,
+    pages: Iterable[OwnPage],
     answers: Mapping[str, Answer],
 ) -> list[Todo]:
-    """One entry for each of my pages that is not in order. A store without an answer counts as
-    neither holding a page nor waiting for it."""
+    """One entry for each of my pages that is not in order. epoch: that of the ranks' members. A store
+    without an answer counts as neither holding a page nor waiting for it."""
     todos = []
     for page in pages:
-        ranked = rank(page.key, membership)
+        ranked = ranks[page.key]
         targets = ranked[:replicas]
         others = [store_id for store_id in targets if store_id != me]
-        holders = {i for i, answer in answers.items() if page.key in answer.held}
-        lacking = tuple(i for i in others if i not in holders)
+        lacking = tuple(i for i in others if i not in answers or page.key not in answers[i].held)
         surplus = me not in targets
         if not lacking and not surplus:
             continue
+        holders = {i for i, answer in answers.items() if page.key in answer.held}
         n_before = ranked.index(me) if me in ranked else len(ranked)
         first = holders.isdisjoint(ranked[:n_before])
         n_copies = 1 + len(holders.intersection(ranked))
-        agreed = all(i in holders and answers[i].epoch == membership.epoch for i in others)
+        agreed = all(i in holders and answers[i].epoch == epoch for i in others)
         todos.append(
             Todo(
                 page,

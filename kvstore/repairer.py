@@ -29,6 +29,7 @@ from ..core.errors import (
 from ..core.page_key import PageKey
 from .membership import Member, Membership
 from .pacing import Backoff, TokenBucket
+from .placement import rank
 from .repair_book import RepairBook
 from .repair_plan import Answer, OwnPage, Todo, plan, questions
 from .transport import Channel, Reply, connect
@@ -43,6 +44,8 @@ BUSY_S = 1.0
 """The same while something is left to do."""
 PART_PAGES = 2000
 """Pages looked at together."""
+ALL_PAGES = 10_000
+"""The same when all are looked at."""
 LOOKUP_TIMEOUT_S = 2.0
 WRITE_TIMEOUT_S = 10.0
 LEASE_S = 30.0
@@ -155,7 +158,8 @@ class Repairer:
         self._close_former_channels(view)
         after = None if everything else self._cursor
         while True:
-            listed = self._own("list", {"after": after, "limit": PART_PAGES})
+            limit = ALL_PAGES if everything else PART_PAGES
+            listed = self._own("list", {"after": after, "limit": limit})
             pages = [OwnPage(p["key"], p["parent"], p["n_pins"] > 0) for p in listed["pages"]]
             self._book.looked_at(after, listed["next"], self._survey(view, pages))
             after = self._cursor = listed["next"]
@@ -171,9 +175,9 @@ class Repairer:
 
     def _survey(self, view: _View, pages: list[OwnPage]) -> list[Todo]:
         me, membership, replicas = self.store_id, view.membership, view.replicas
-        asked = questions(me, membership, replicas, [page.key for page in pages])
-        answers = self._ask(view, asked)
-        todos = plan(me, membership, replicas, pages, answers)
+        ranks = {page.key: rank(page.key, membership) for page in pages}
+        answers = self._ask(view, questions(me, replicas, ranks))
+        todos = plan(me, replicas, membership.epoch, ranks, pages, answers)
         keys = [todo.page.key for todo in todos if todo.pushes]
         if not keys:
             return todos
@@ -183,7 +187,7 @@ class Repairer:
             before = answers.get(store_id, answer)
             epoch = min(before.epoch, answer.epoch)
             answers[store_id] = Answer(epoch, before.held | answer.held)
-        return plan(me, membership, replicas, pages, answers)
+        return plan(me, replicas, membership.epoch, ranks, pages, answers)
 
     def _ask(self, view: _View, asked: dict[str, list[PageKey]]) -> dict[str, Answer]:
         """What the stores hold, of those that answer."""

@@ -53,20 +53,21 @@ class Cluster:
         """As the repairer does it: ask, plan, ask everyone about what is to be pushed, plan."""
         membership = self.known[me]
         pages = [OwnPage(key, ROOT, pins > 0) for key, pins in sorted(self.held[me].items())]
-        asked = questions(me, membership, self.replicas, [page.key for page in pages])
+        ranks = {page.key: rank(page.key, membership) for page in pages}
+        asked = questions(me, self.replicas, ranks)
         answers = {
             name: Answer(self.known[name].epoch, frozenset(k for k in keys if k in self.held[name]))
             for name, keys in asked.items()
             if name in self.held and name not in silent
         }
-        todos = plan(me, membership, self.replicas, pages, answers)
+        todos = plan(me, self.replicas, membership.epoch, ranks, pages, answers)
         unsure = [todo.page.key for todo in todos if todo.pushes]
         for name in membership.addresses() if unsure else ():
             if name != me and name in self.held and name not in silent:
                 held = frozenset(key for key in unsure if key in self.held[name])
                 first = answers.get(name, Answer(self.known[name].epoch, frozenset()))
                 answers[name] = Answer(first.epoch, first.held | held)
-        return plan(me, membership, self.replicas, pages, answers)
+        return plan(me, self.replicas, membership.epoch, ranks, pages, answers)
 
     def drop(self, name: str, key: PageKey, epoch: int) -> bool:
         """The store's own `drop`: not under another epoch, not what is pinned."""
