@@ -271,7 +271,9 @@ class RayRuntime:
                     actors.append(ray.get_actor(part_id, namespace=self._head.namespace))
             drains: list[Any] = [actor.drain.remote(_DRAIN_S) for actor in actors]
             if drains:
-                ray.wait(drains, num_returns=len(drains), timeout=2 * _DRAIN_S)
+                # stores may write pages to disk at the end
+                timeout_s = 2 * _DRAIN_S + self._config.store.flush_s
+                ray.wait(drains, num_returns=len(drains), timeout=timeout_s)
             for actor in actors:
                 ray.kill(actor, no_restart=True)
         ray.shutdown()

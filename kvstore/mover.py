@@ -50,10 +50,10 @@ class Mover:
     def promote(self, keys: Iterable[PageKey], max_pages: int) -> int:
         """Copies pages of the disk to the arena before they are pinned, as far as there is room.
         Returns how many were copied."""
+        with self._lock:
+            rising = self._shard.moves.rising(keys, max_pages)
         n_copied = 0
-        for key in keys:
-            if n_copied == max_pages:
-                break
+        for key in rising:
             with self._lock:
                 move = self._shard.moves.begin_up(key)
             if move is not None:

@@ -6,7 +6,7 @@ can be read where it is; it changes its place only if nobody pinned it meanwhile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +60,19 @@ class TierMoves:
             slot = self._table.take_free_disk(now)
             return (self._begin(page, slot, "back_up") if slot is not None else None), i + 1
         return None, len(keys)
+
+    def rising(self, keys: Iterable[PageKey], max_pages: int) -> list[PageKey]:
+        """Pages that are worth copying up before they are pinned, as far as there is room."""
+        n_arena = self._table.slots.n_arena
+        found: list[PageKey] = []
+        n_most = min(max_pages, self._high - self._n_used())
+        for key in keys:
+            if len(found) >= n_most:
+                break
+            page = self._table.pages.get(key)
+            if page is not None and page.slot >= n_arena and not page.n_pins:
+                found.append(key)
+        return found
 
     def begin_up(self, key: PageKey) -> Move | None:
         """Copy a page of the disk to the arena, if it may and there is room."""

@@ -212,6 +212,24 @@ def test_contradictory_budgets_are_refused_with_both_numbers(
     assert words in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["store.disk_bytes=5"], "store.disk_bytes (5) needs store.disk_dir"),
+        (["store.disk_write=through"], "store.disk_write (through) needs store.disk_dir"),
+        (["store.disk_dir=/d"], "store.disk_dir (/d) needs store.disk_bytes"),
+        (
+            ["store.low_watermark=0.95"],
+            "store.low_watermark (0.95) must be below store.high_watermark (0.95)",
+        ),
+    ],
+)
+def test_contradictions_of_the_disk_tier(sets: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(sets=sets)
+    assert words in caught.value.message
+
+
 def test_a_dense_configuration_may_have_any_page_size() -> None:
     assert load_config(sets=["cache.page_tokens=16"]).cache.page_tokens == 16
 
