@@ -37,6 +37,8 @@ class FakeService:
                 members = header["membership"]["members"]
                 addresses = {member["store_id"]: member["address"] for member in members}
                 self.known = {**self.known, **header, "addresses": addresses}
+        elif method == "members":
+            self.known = {**self.known, **header}
         elif method == "count":
             return (Reply({"n": n}) for n in range(header["n"]))
         return Reply(

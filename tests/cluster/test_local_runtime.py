@@ -8,12 +8,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from longreach.cluster.local_runtime import LocalRuntime
 from longreach.cluster.parts import Parts
 from longreach.core.config import Config
-from longreach.core.errors import ConfigError, FailedPrecondition, Unavailable, UnsupportedModel
+from longreach.core.errors import (
+    ConfigError,
+    FailedPrecondition,
+    NotFound,
+    Unavailable,
+    UnsupportedModel,
+)
+from longreach.core.page_key import ROOT_KEY, PageKey, RecipeFingerprint
+from longreach.kvstore.page import PageGeometry
+from longreach.kvstore.page_client import PageClient
+from longreach.kvstore.serving import builder
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +167,67 @@ def test_never_imports_ray() -> None:
         "assert not [m for m in sys.modules if m == 'ray' or m.startswith('ray.')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_members_are_the_live_stores_with_rising_epochs(runtime: LocalRuntime) -> None:
+    before = runtime.membership()
+    assert [member.store_id for member in before] == ["store-0", "store-1"]
+    assert before.epoch > 7 << 32  # above all epochs of the gateways before this one
+    assert sorted(runtime.stores()) == ["store-0", "store-1"]
+    runtime.restart("store-0")
+    runtime._supervisor.fail("store-0")
+    after = eventually(lambda: m if (m := runtime.membership()).epoch > before.epoch else None)
+    assert after.addresses()["store-0"] != before.addresses()["store-0"]
+    assert after.find("store-1") == before.find("store-1")
+
+
+def test_a_drain_reaches_workers_and_stores(runtime: LocalRuntime) -> None:
+    with pytest.raises(NotFound, match="store-7"):
+        runtime.drain_store("store-7")
+    drained = runtime.drain_store("store-1")
+    assert runtime.drain_store("store-1") == drained == runtime.membership()
+    with pytest.raises(FailedPrecondition, match="last"):
+        runtime.drain_store("store-0")
+
+    def told(part_id: str) -> bool:
+        service: Any = runtime.service(part_id)
+        return service.known.get("membership") == drained.to_wire()
+
+    eventually(lambda: all(map(told, ("worker-0", "worker-1", "store-0", "store-1"))))
+
+
+def test_stores_repair_each_other_after_a_loss() -> None:
+    """The stores are real, what tells them of each other is the supervisor."""
+    small = {"capacity_bytes": 1 << 20, "count": 3, "repair_delay_s": 0.2, "zone": "here"}
+    parts = dataclasses.replace(fakes(), store=Parts().store)
+    runtime = LocalRuntime(config(store=small), parts)
+    runtime.start(epoch=1)
+    geometry = PageGeometry.from_dict(builder(parts.geometry)(config()))
+    key = PageKey(b"k" * 32)
+    try:
+        assert {(m.zone, m.weight) for m in runtime.membership()} == {("here", 1 << 20)}
+        client = PageClient(
+            runtime.membership(), geometry, RecipeFingerprint(b"r" * 32), 2, 60.0, 20.0, "x", "w"
+        )
+        page = np.arange(geometry.page_nbytes, dtype=np.uint8)
+        client.store(key, ROOT_KEY, page, "row").result(20)
+        client.close()
+
+        def holders() -> list[str]:
+            asked = runtime.stores().items()
+            held = {i: c.call("lookup", {"keys": [key]}, timeout_s=5.0).header for i, c in asked}
+            return sorted(store_id for store_id, answer in held.items() if answer["held"][0])
+
+        first, other = before = holders()
+        runtime.restart(first)  # it comes back empty
+        runtime._supervisor.fail(first)
+        eventually(lambda: len(runtime.stores()) == 3 and holders() == before, 30.0)
+        status = runtime.stores()[other].call("repair_status", timeout_s=5.0).header
+        assert status["pages_pushed"] == 1
+        assert status["time_to_first_repair_s"] is not None
+        runtime.drain_store(other)
+        eventually(lambda: other not in holders() and len(holders()) == 2, 30.0)
+        status = runtime.stores()[other].call("repair_status", timeout_s=5.0).header
+        assert status["drained"]
+    finally:
+        runtime.stop()
