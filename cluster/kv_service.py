@@ -28,6 +28,7 @@ from .store_calls import (
 from .store_verify import verify_stores
 
 DRAIN_POLL_S = 0.5
+MAX_DROP_ROUNDS = 4
 
 
 class KvServicer(kv_pb2_grpc.KvServicer):
@@ -97,18 +98,30 @@ class KvServicer(kv_pb2_grpc.KvServicer):
         if bool(request.context_id) == request.all:
             raise InvalidInput("give one of context_id and all", field="context_id")
         if request.all:
-            answers = self._ask(lambda channel: drop_everything(channel, timeout_s))
+            answers = self._drop(lambda channel: drop_everything(channel, timeout_s))
         else:
             text = self.service.contexts.text(request.context_id)
             keys = [bytes(key) for key in self.service.preparer.context_pages(text).keys]
             response.n_pages = len(keys)
-            answers = self._ask(lambda channel: drop_keys(channel, keys, timeout_s))
+            answers = self._drop(lambda channel: drop_keys(channel, keys, timeout_s))
         for store_id, answer in answers.items():
             if isinstance(answer, LongreachError):
                 response.stores.add(store_id=store_id, error=told(answer))
             else:
                 response.stores.add(store_id=store_id, n_dropped=answer)
         return response
+
+    def _drop(self, drop: Callable[[Channel], int]) -> dict[str, Any]:
+        """Rounds until nothing is left: a store that has not dropped yet may repair one that has."""
+        answers = self._ask(drop)
+        for _ in range(MAX_DROP_ROUNDS - 1):
+            again = {s: n for s, n in self._ask(drop).items() if isinstance(n, int)}
+            for store_id, n_dropped in again.items():
+                if isinstance(answers.get(store_id), int):
+                    answers[store_id] += n_dropped
+            if not any(again.values()):
+                break
+        return answers
 
     @streaming
     def DrainStore(self, request: pb.DrainStoreRequest, context: Any) -> Iterator[pb.DrainUpdate]:
@@ -136,7 +149,9 @@ class KvServicer(kv_pb2_grpc.KvServicer):
             time.sleep(DRAIN_POLL_S)
 
     def _steps(self, steps: Any, uri: str, name: str, context: Any) -> Iterator[pb.SnapshotUpdate]:
-        silence_s = self.service.config.gateway.uri_timeout_s
+        config = self.service.config
+        # a step may wait for files, or for a page that store after store refuses
+        silence_s = max(config.gateway.uri_timeout_s, 5 * config.store.timeout_s)
         for step in in_background(steps, name, context.is_active, silence_s):
             yield _update(step, uri)
 

@@ -142,3 +142,16 @@ def test_operators_see_real_stores(inprocess: Serve, context_id: str) -> None:
     assert top.returncode == 0, top.stderr
     for part in ("worker-0", "store-0", "store-1"):
         assert part in top.stdout
+
+
+def test_dropped_pages_come_back_from_a_snapshot(serve: Serve, tmp_path: Path) -> None:
+    """In both wirings, over the wire that each has."""
+    row, later = rows_of(72 + len(serve.command), 2, 8, (900,))
+    context_id = str(serve.client.upload_context(row["context"].encode()).context_id)
+    ask(serve, row, context_id)
+    done = list(serve.client.kv.snapshot(context_id, str(tmp_path / "snap")))[-1].done
+    assert done.n_pages > 20
+    dropped = serve.client.kv.drop(context_id)
+    assert [(store.n_dropped, store.error) for store in dropped.stores] == [(done.n_pages, "")] * 2
+    list(serve.client.kv.restore(str(tmp_path / "snap")))
+    assert ask(serve, later, context_id).stats["tokens_reused"] == done.n_tokens
