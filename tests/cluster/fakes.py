@@ -242,6 +242,12 @@ class FakeRuntime:
     def membership(self) -> Membership:
         return self._membership
 
+    def pid(self, part_id: str) -> int | None:
+        return None
+
+    def restart(self, part_id: str) -> None:
+        """A worker comes back by `worker_failed`."""
+
     def drain_store(self, store_id: str) -> Membership:
         self._membership = self._membership.drained(store_id)
         return self._membership

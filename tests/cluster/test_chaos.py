@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from longreach.cluster.chaos import RECORD_NAME, Chaos
+from longreach.cluster.cli import app
 from longreach.cluster.local_runtime import LocalRuntime
-from longreach.cluster.parts import Parts
+from longreach.cluster.parts import Parts, build_store, fingerprint
 from longreach.cluster.processes import process_alive
 from longreach.core.config import Config
 from longreach.core.fault_config import FaultsConfig
+from longreach.kvstore.fault_plan import FaultPlan
 from longreach.kvstore.faults import FaultyService
+from longreach.kvstore.page import PageGeometry
+from longreach.kvstore.store_service import StoreService
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -75,7 +81,7 @@ def state_of(pid: int) -> str:
 def test_a_part_is_killed_and_one_that_is_gone_is_skipped(
     processes: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chaos = chaos_on(processes, sorted(processes.pids), tmp_path, kill="worker:200ms")
+    chaos = chaos_on(processes, sorted(processes.pids), tmp_path, kill="worker:500ms")
     chaos.start()
     eventually(lambda: not process_alive(processes.pids["worker-0"]))
     eventually(lambda: chaos.counts["skip"])
@@ -86,7 +92,7 @@ def test_a_part_is_killed_and_one_that_is_gone_is_skipped(
     first, *_, last = record_of(tmp_path)
     assert (first["kind"], first["part"], first["done"]) == ("kill", "worker-0", True)
     assert first["pid"] == processes.pids["worker-0"]
-    assert 0.2 <= first["at_s"] < 5
+    assert 0.2 <= first["at_s"]
     assert not last["done"]
     said = [record.getMessage() for record in caplog.records]
     assert any("CHAOS" in line for line in said)
@@ -177,8 +183,6 @@ def test_parts_of_this_process_are_paused_through_their_shell(
     local: LocalRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = FaultsConfig.model_validate({"pause": "store-0:200ms/100ms"})
-    from longreach.kvstore.fault_plan import FaultPlan
-
     shell = FaultyService(local.service("store-1"), FaultPlan(faults), "store-0", store=True)
     monkeypatch.setitem(local._services, "store-0", shell)
     paused: list[float] = []
@@ -188,3 +192,77 @@ def test_parts_of_this_process_are_paused_through_their_shell(
     eventually(lambda: len(paused) >= 2)
     chaos.stop()
     assert set(paused) == {0.1}
+
+
+GEOMETRY = PageGeometry(n_layers=1, n_kv_heads=1, page_tokens=8, head_dim=8)
+
+
+def store_config(tmp_path: Path, **faults: Any) -> Config:
+    tiers = {"disk_dir": str(tmp_path / "disk"), "disk_bytes": 1 << 20}
+    store = {"arena_dir": str(tmp_path), "capacity_bytes": 1 << 16, **tiers}
+    return Config.model_validate({"store": store, "faults": faults})
+
+
+def test_stores_are_built_with_the_faults_of_the_configuration(tmp_path: Path) -> None:
+    calm = build_store(store_config(tmp_path), "store-0", "node", GEOMETRY.to_dict())
+    assert isinstance(calm, StoreService)
+    calm.close()
+    config = store_config(tmp_path, drop=0.1, disk_full=0.9, corrupt=0.1, seed=3)
+    made: Any = build_store(config, "store-1", "node", GEOMETRY.to_dict())
+    assert isinstance(made, FaultyService)
+    # the disk tier is there, and its hook makes it full
+    disk = made.service._core.disk
+    assert disk.n_slots > 0
+    assert {disk.reserve(slot) for slot in range(20)} == {True, False}
+    stats = made.handle("stats", {}, []).header
+    assert stats["disk_slots"] == disk.n_slots
+    assert 10 < stats["faults_disk_full"] <= 20
+    assert stats["faults_injected"] == stats["faults_disk_full"]
+    made.close()
+
+
+def test_parts_with_another_plan_are_not_adopted(tmp_path: Path) -> None:
+    calm, faulty = store_config(tmp_path), store_config(tmp_path, drop=0.1)
+    assert fingerprint(calm, Parts()) != fingerprint(faulty, Parts())
+
+
+@pytest.mark.slow
+def test_serve_strikes_by_its_plan_and_says_so(tmp_path: Path) -> None:
+    state_dir = tmp_path / "state"
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            str(Path(__file__).parent / "serve_child.py"),
+            *(str(state_dir), "0.05", "faults.kill=worker:300ms"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    record = state_dir / RECORD_NAME
+    try:
+        eventually(record.exists, 40)
+        child.send_signal(signal.SIGTERM)
+        said = child.communicate(timeout=40)[1]
+    finally:
+        child.kill()
+    assert child.returncode == 0
+    assert "CHAOS" in said
+    assert "chaos kill part=worker-0" in said
+    assert record_of(state_dir)[0]["done"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ("kill=gateway:20s", "the gateway is what strikes"),
+        ("explode=1", "faults.explode: unknown key"),
+        ("disk_full=0.1", "need store.disk_dir"),
+        ("nothing", "is not kind=value"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line_of_error(plan: str, said: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "--wiring", "inprocess", "--chaos", plan])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: CONFIG_ERROR: ")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
