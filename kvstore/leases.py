@@ -21,6 +21,8 @@ class Lease:
     """All that one owner pins, with one deadline: renewing it is one operation."""
 
     deadline_s: float
+    passing: bool = False
+    """Its owner copies pages on, which is no use of them: they grow neither recent nor shared by it."""
     pages: dict[HeldPage, None] = field(default_factory=dict)  # in order of acquisition
     writes: dict[int, OpenWrite] = field(default_factory=dict)
 
@@ -37,11 +39,11 @@ class Leases:
     def get(self, owner: str) -> Lease | None:
         return self._leases.get(owner)
 
-    def extend(self, owner: str, now: float, lease_s: float) -> Lease:
+    def extend(self, owner: str, now: float, lease_s: float, passing: bool = False) -> Lease:
         """The owner's lease, made if need be, for at least lease_s more."""
         lease = self._leases.get(owner)
         if lease is None:
-            lease = self._leases[owner] = Lease(now + lease_s)
+            lease = self._leases[owner] = Lease(now + lease_s, passing)
         lease.deadline_s = max(lease.deadline_s, now + lease_s)
         return lease
 

@@ -245,7 +245,7 @@ class Repairer:
         """Checks the page and writes it there, where it stays unpinned. Returns its bytes."""
         lease = {"owner": self._owner, "lease_s": LEASE_S}
         try:
-            replies = self._handle("read", {"keys": [page.key], **lease}, [])
+            replies = self._handle("read", {"keys": [page.key], "passing": True, **lease}, [])
             assert isinstance(replies, Iterator)
             (reply,) = replies
             if not reply.header["found"]:

@@ -62,8 +62,10 @@ class StoreShard:
         now: float,
         lease_s: float,
         verify: bool = True,
+        passing: bool = False,
     ) -> list[HeldPage | None]:
-        """Pins the pages that are held, for `owner`. With verify, corrupt pages are dropped."""
+        """Pins the pages that are held, for `owner`. With verify, corrupt pages are dropped.
+        passing: the owner only copies them on; neither their rank nor the hit rate changes."""
         self.expire(now)
         found: list[HeldPage | None] = []
         for key in keys:
@@ -72,7 +74,10 @@ class StoreShard:
                 self.report_corrupt(key, page.slot)
                 page = None
             if page is not None:
-                self._pin(page, owner, now, lease_s)
+                self._pin(page, owner, now, lease_s, passing)
+            if passing:
+                pass
+            elif page is not None:
                 self._counters[f"hits_{self.slots.tier(page.slot)}"] += 1
             else:
                 self._counters["misses"] += 1
@@ -87,7 +92,7 @@ class StoreShard:
         wanted = set(keys)
         for page in [page for page in lease.pages if page.key in wanted]:
             del lease.pages[page]
-            self._unpin(page)
+            self._unpin(page, lease.passing)
         self._leases.forget_if_empty(owner)
 
     def prepare_store(
@@ -277,20 +282,22 @@ class StoreShard:
     def _counters(self) -> dict[str, int]:
         return self.table.counters
 
-    def _pin(self, page: HeldPage, owner: str, now: float, lease_s: float) -> None:
-        lease = self._leases.extend(owner, now, lease_s)
+    def _pin(
+        self, page: HeldPage, owner: str, now: float, lease_s: float, passing: bool = False
+    ) -> None:
+        lease = self._leases.extend(owner, now, lease_s, passing)
         if page in lease.pages:
             return
         lease.pages[page] = None
         page.n_pins += 1
-        if not page.dropped:
+        if not lease.passing:
             # a row reads over the wire under names of its own
             self.table.order.use(page.key, owner.partition("/wire/")[0])
         self.table.settle(page)
 
-    def _unpin(self, page: HeldPage) -> None:
+    def _unpin(self, page: HeldPage, passing: bool) -> None:
         page.n_pins -= 1
-        if not page.n_pins and not page.dropped:
+        if not page.n_pins and not page.dropped and not passing:
             self.table.order.touch(page.key)
         self.table.settle(page)
 
@@ -300,7 +307,7 @@ class StoreShard:
             return 0
         # last acquired first: the head of a context, on which the rest builds, stays longest
         for page in reversed(lease.pages):
-            self._unpin(page)
+            self._unpin(page, lease.passing)
         for write in lease.writes.values():
             self.slots.give_back(write.page.slot)
         return len(lease.pages)

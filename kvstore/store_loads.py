@@ -33,14 +33,16 @@ class StoreLoads:
     def read(self, header: Header) -> Iterator[Reply]:
         """One reply per key, in order: the page's bytes, or `found` False. Every page read stays
         pinned for the owner until it says complete_load or release, because its bytes are sent
-        from the arena itself. A reader that goes away early has released all of them."""
+        from the arena itself. A reader that goes away early has released all of them. `passing`: it
+        only copies the pages on."""
+        passing = bool(header.get("passing", False))
         keys, owner, lease_s = keys_of(header), text_of(header, "owner"), lease_of(header)
-        n_left = self._core.config.promote_pages
+        n_left = 0 if passing else self._core.config.promote_pages
         try:
             for key in keys:
                 n_left -= self._promote([key], min(n_left, 1))
-                page = self._load(key, owner, lease_s)
-                checked = None if page is None else self._checked(page, owner, lease_s)
+                page = self._load(key, owner, lease_s, passing)
+                checked = None if page is None else self._checked(page, owner, lease_s, passing)
                 if checked is None:
                     yield Reply({"found": False})
                 else:
@@ -69,12 +71,16 @@ class StoreLoads:
         mover = self._core.mover
         return mover.promote(keys, max_pages) if mover is not None and max_pages else 0
 
-    def _load(self, key: PageKey, owner: str, lease_s: float) -> HeldPage | None:
-        core = self._core
+    def _load(
+        self, key: PageKey, owner: str, lease_s: float, passing: bool = False
+    ) -> HeldPage | None:
+        core, now = self._core, self._core.now()
         with core.lock:
-            return core.shard.prepare_load([key], owner, core.now(), lease_s, verify=False)[0]
+            return core.shard.prepare_load([key], owner, now, lease_s, False, passing)[0]
 
-    def _checked(self, page: HeldPage, owner: str, lease_s: float) -> tuple[HeldPage, Bytes] | None:
+    def _checked(
+        self, page: HeldPage, owner: str, lease_s: float, passing: bool = False
+    ) -> tuple[HeldPage, Bytes] | None:
         """A page that was pinned for the owner, and its bytes; if they are bad, its other copy, pinned
         instead; None if there is none."""
         core, found = self._core, page
@@ -87,7 +93,7 @@ class StoreLoads:
             with core.lock:
                 core.shard.complete_load([found.key], owner)
                 core.shard.table.bad_copy(found, data.slot, data.reason)
-            other = self._load(page.key, owner, lease_s)
+            other = self._load(page.key, owner, lease_s, passing)
             if other is None:
                 return None
             found = other

@@ -94,6 +94,19 @@ def test_the_head_of_a_context_outlives_its_tail(make_shard: Callable[..., Store
     assert shard.lookup([key_of(i) for i in range(4)]) == [True, True, False, False]
 
 
+def test_copying_a_page_on_is_no_use_of_it(make_shard: Callable[..., StoreShard]) -> None:
+    shard = make_shard(3)
+    for i in range(3):
+        put(shard, i)
+    shard.release("w")  # the last stored goes first
+    shard.prepare_load([key_of(2)], "repair/x", 0.0, LEASE_S, passing=True)
+    shard.complete_load([key_of(2)], "repair/x")
+    assert shard.table.order.n_rows(key_of(2)) == 1
+    assert shard.stats()["hits_arena"] == 0
+    put(shard, 10)
+    assert shard.lookup([key_of(i) for i in range(3)]) == [True, True, False]
+
+
 def test_full_of_pins(make_shard: Callable[..., StoreShard]) -> None:
     shard = make_shard(3)
     put(shard, 0)

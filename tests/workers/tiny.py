@@ -113,6 +113,7 @@ def store_pool(
     for i in range(count):
         name = f"store-{i}"
         capacity = config.store.capacity_bytes
+        options.setdefault("config", config.store)
         service = StoreService(name, "node-0", str(arena_dir), geometry, capacity, **options)
         pool.services[name] = service
         pool.servers[name] = serve(service, f"mem://tiny-{next(_names)}-{name}")
