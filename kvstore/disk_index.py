@@ -50,7 +50,7 @@ class DiskIndex:
     def __init__(self, path: Path, geometry: PageGeometry) -> None:
         """Opens or makes the index. One that cannot be read is set aside and a new one made, with
         the pages lost. Raises FailedPrecondition if it holds pages of another geometry or format
-        version."""
+        version, or cannot be opened now (a full disk)."""
         self.path = path
         self._geometry = geometry
         self._pending: dict[int, IndexRow | None] = {}
@@ -58,6 +58,8 @@ class DiskIndex:
         self._writing = threading.Lock()  # guards the connection
         try:
             self._db = self._open()
+        except sqlite3.OperationalError as exc:  # a full or failing disk damages nothing
+            raise FailedPrecondition(f"{path} cannot be opened: {exc}") from exc
         except sqlite3.DatabaseError as exc:
             aside = path.with_suffix(".damaged")
             logger.error("%s cannot be read (%s); set aside as %s", path, exc, aside.name)

@@ -43,7 +43,8 @@ class StoreCore:
         index: DiskIndex | None = None
         try:
             if config.disk_dir is not None:
-                stem = Path(config.disk_dir) / _safe(store_id)
+                # absolute: workers are told the path, and may live in another directory
+                stem = Path(config.disk_dir).expanduser().absolute() / _safe(store_id)
                 self.disk, index = _open_disk(stem, geometry, config.disk_bytes)
         except BaseException:
             self.arena.close()

@@ -103,6 +103,13 @@ def test_a_damaged_index_is_set_aside(tmp_path: Path, damage: str) -> None:
     assert (tmp_path / "s.damaged").exists()
 
 
+def test_an_index_that_cannot_be_opened_now_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "s.index").mkdir()
+    with pytest.raises(FailedPrecondition, match=r"s\.index cannot be opened"):
+        DiskIndex(tmp_path / "s.index", GEOMETRY)
+    assert os.listdir(tmp_path) == ["s.index"]
+
+
 def test_a_batch_that_cannot_be_written_waits(tmp_path: Path) -> None:
     path = tmp_path / "s.index"
     index = DiskIndex(path, GEOMETRY)
