@@ -97,13 +97,15 @@ class Repairer:
     ) -> dict[str, Any]:
         """The stores are these. Returns the newest membership known here: an older one is ignored.
         loss_age_s: how long ago a store was lost, for the times that repair took. Raises InvalidInput
-        if replicas is below 1."""
+        if replicas is below 1 or the age no number."""
         if replicas < 1:
             raise InvalidInput(f"replicas must be at least 1, got {replicas}")
+        if loss_age_s is not None and not isinstance(loss_age_s, int | float):
+            raise InvalidInput(f"`loss_age_s` must be seconds, got {loss_age_s!r:.80}")
         if membership.epoch >= self.epoch and not self._closing.is_set():
             # what happened before this store came up does not concern it
             if loss_age_s is not None and self.epoch:
-                self._book.lost(self._now() - float(loss_age_s))
+                self._book.lost(self._now() - loss_age_s)
             if (view := _View(membership, replicas)) != self._view:
                 self._view = view
                 self._wake.set()

@@ -175,6 +175,25 @@ def test_hanging_worker_is_ended_and_comes_back(runtime: Any) -> None:
     eventually(lambda: not process_alive(pid))
 
 
+def test_members_are_on_this_node(runtime: Any) -> None:
+    node_ids = {part["node_id"] for part in runtime.stats().values()}
+    assert {member.node_id for member in runtime.membership()} == node_ids
+    assert sorted(runtime.stores()) == ["store-0", "store-1"]
+    assert runtime.drain_store("store-1").find("store-1").draining
+
+
+def test_labelled_nodes_give_the_zone(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubernetes, ray_own = "topology.kubernetes.io/zone", "ray.io/availability-zone"
+    nodes = [
+        {"NodeID": "n1", "Labels": {kubernetes: "one-a", ray_own: "other"}},
+        {"NodeID": "n2", "Labels": {ray_own: "one-b"}},
+        {"NodeID": "n3", "Labels": {"ray.io/node-id": "n3"}},
+        {"NodeID": "n4"},
+    ]
+    monkeypatch.setattr(ray_runtime.ray, "nodes", lambda: nodes)
+    assert [runtime._zone_of(f"n{i}") for i in range(1, 6)] == ["one-a", "one-b", "", "", ""]
+
+
 def test_stop_leaves_nothing(runtime: Any, state_dir: Path) -> None:
     record = json.loads((state_dir / "cluster.json").read_text())
     stats = runtime.stats()

@@ -340,6 +340,7 @@ def test_older_epochs_are_answered_with_the_newer(local: Stores) -> None:
         {"membership": {"epoch": 1 << 40, "members": []}},
         {"membership": {"epoch": 1 << 40, "members": []}, "replicas": 0},
         {"membership": {"epoch": 1 << 40, "members": [{}]}, "replicas": 1},
+        {"membership": {"epoch": 1 << 40, "members": []}, "replicas": 1, "loss_age_s": "long"},
     ],
 )
 def test_bad_memberships_change_nothing(local: Stores, header: dict[str, Any]) -> None:
