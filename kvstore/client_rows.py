@@ -21,6 +21,8 @@ class Row:
     owner: str
     handles: dict[PageKey, PageHandle] = field(default_factory=dict)
     pinned_at: set[StoreLink] = field(default_factory=set)
+    strays: set[StoreLink] = field(default_factory=set)
+    """Stores that may pin pages for it late, because a request was given up there."""
     hooks: set[Callable[[], None]] = field(default_factory=set)
     """Called when the row is released: they end what still fetches for it."""
     n_users: int = 0

@@ -25,8 +25,9 @@ class MemServer:
         with _lock:
             if address in _servers:
                 raise FailedPrecondition(f"{address} is taken in this process")
+            # complete before it can be found: somebody may be calling this address already
+            self._rpc: RpcServer[MemChannel] = RpcServer(service, n_threads, self._send)
             _servers[address] = self
-        self._rpc: RpcServer[MemChannel] = RpcServer(service, n_threads, self._send)
         threading.Thread(target=self._tick, name=f"mem {address}", daemon=True).start()
 
     def stop(self, timeout_s: float = 5.0) -> None:

@@ -16,8 +16,8 @@ from .client_rows import PrivatePages, Row, RowTable
 from .hedge import Hedging
 from .membership import Membership
 from .page import Bytes, PageGeometry
-from .page_fetch import FetchParts
 from .page_loader import PageLoader
+from .page_share import FetchParts
 from .page_storer import PageStorer
 from .prefetcher import Prefetcher
 from .store_link import WrapChannel
@@ -268,6 +268,7 @@ class PageClient:
             if state is not None:
                 self._clean_up(state)
         self._calls.shutdown(wait=True)
+        self._pool.release_again()
         self._pool.close()
 
     def _store(self, key: PageKey, parent_key: PageKey, page: Bytes, state: Row) -> PageHandle:
@@ -288,6 +289,8 @@ class PageClient:
 
     def _clean_up(self, state: Row) -> None:
         self._pool.release(state.pinned_at, state.owner)
+        for link in state.strays:
+            self._pool.release_later(link, state.owner)
         self._private.release(state.owner)
 
     def _maintain(self) -> None:

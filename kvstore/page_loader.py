@@ -14,7 +14,8 @@ from ..core.page_key import PageKey
 from .client_memory import PageHandle
 from .client_rows import Row
 from .page import Checksums, page_checksums
-from .page_fetch import Fetch, FetchParts
+from .page_fetch import Fetch
+from .page_share import FetchParts
 from .store_link import HELLO_TIMEOUT_S, StoreLink
 
 logger = logging.getLogger(__name__)

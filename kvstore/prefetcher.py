@@ -139,6 +139,9 @@ class Prefetcher:
                 self._advise(handle)
             pinned, row.pinned_at = row.pinned_at, set()
             self._pool.release(pinned, row.owner)
+            strays, row.strays = row.strays, set()
+            for link in strays:
+                self._pool.release_later(link, row.owner)
             with self._changed:
                 for key, handle in handles.items():
                     if handle not in near:

@@ -37,8 +37,8 @@ HELLO_TIMEOUT_S = 2.0
 """A store that failed must answer this fast before real work is given to it again."""
 BUNDLE_BYTES = 2 << 20
 """Pages that share a message, in bytes: half the cost per byte of one by one at 256 KiB."""
-AHEAD_BYTES = 16 << 20
-"""Pages that a store may send ahead of their reader."""
+AHEAD_BYTES = 4 << 20
+"""Pages that a store may send ahead of their reader; on a slow link, what the next call waits for."""
 MAX_REPLY_BYTES = 4 << 20
 """Bound on the checksums in one reply header."""
 
@@ -242,7 +242,9 @@ class StoreLink:
     def release(self, owner: str) -> None:
         """Best effort: a store that cannot be reached lets the lease run out."""
         if self.live:
-            self.call("release", {"owner": owner}, timeout_s=min(self._timeout_s, HELLO_TIMEOUT_S))
+            timeout_s = min(self._timeout_s, HELLO_TIMEOUT_S)
+            # not by `call`: behind pages that a slow link still carries, late is no failure
+            self._channel.call("release", {"owner": owner}, timeout_s=timeout_s)
 
     def renew(self, owners: list[str], lease_s: float) -> list[str]:
         """Owners whose lease had ended at the store."""

@@ -129,6 +129,11 @@ class StorePool:
                 with self._lock:
                     self._unreleased.append((link, owner))
 
+    def release_later(self, link: StoreLink, owner: str) -> None:
+        """Frees an owner's pins with the next `release_again`."""
+        with self._lock:
+            self._unreleased.append((link, owner))
+
     def release_again(self) -> None:
         with self._lock:
             waiting, self._unreleased = self._unreleased, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -92,9 +93,17 @@ def at_rest(stores: Stores, timeout_s: float = 15.0) -> bool:
     )
 
 
+def open_files() -> list[str]:
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}")[-50:])
+    return found
+
+
 def n_open_files() -> int:
     gc.collect()  # a mapping keeps its file open
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_files())
 
 
 @pytest.fixture
@@ -392,7 +401,7 @@ def live_through_troubles(stores: Stores, seed: int, node_id: str) -> None:
     client.close()
     stats = client.stats()
     assert (stats["private_pages"], stats["write_behind_bytes"], stats["rows"]) == (0, 0, 0)
-    assert at_rest(stores)
+    assert at_rest(stores), [list(service._shard._leases) for service in stores.services.values()]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -404,4 +413,4 @@ def test_after_any_troubles_everything_is_free(filled: Stores, seed: int, node_i
     live_through_troubles(filled, seed, node_id)
     # ZeroMQ closes its sockets behind
     assert wait_until(lambda: threading.active_count() <= n_threads), threading.enumerate()
-    assert wait_until(lambda: n_open_files() <= n_files), f"{n_open_files()} files, not {n_files}"
+    assert wait_until(lambda: n_open_files() <= n_files), open_files()
