@@ -29,6 +29,8 @@ from .store_verify import verify_stores
 
 DRAIN_POLL_S = 0.5
 MAX_DROP_ROUNDS = 4
+_NO_SUMS = ("_s", "epoch", "drained")
+"""Endings of numbers that are not amounts."""
 
 
 class KvServicer(kv_pb2_grpc.KvServicer):
@@ -49,7 +51,7 @@ class KvServicer(kv_pb2_grpc.KvServicer):
                 response.stores.add(store_id=store_id, state=state, error=told(answer))
                 continue
             numbers = numeric_stats(answer)
-            totals.update(numbers)  # type: ignore[arg-type]
+            totals.update({k: v for k, v in numbers.items() if not k.endswith(_NO_SUMS)})  # type: ignore[arg-type]
             response.stores.add(store_id=store_id, state=state, numbers=numbers)
         response.totals.update(totals)
         return response

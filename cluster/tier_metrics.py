@@ -59,6 +59,17 @@ _METRICS = (
         "Pages with too few copies",
         "repair_under_replicated",
     ),
+    _Metric("longreach_kv_repair_pages_to_move", "Pages in wrong places", "repair_to_move"),
+    _Metric(
+        "longreach_kv_repair_pages_dropped_total",
+        "Copies that were not needed any more",
+        "repair_dropped_surplus",
+    ),
+    _Metric(
+        "longreach_kv_repair_whole_seconds",
+        "From the last loss of a store until every page had its copies",
+        "repair_time_to_whole_s",
+    ),
     _Metric("longreach_kv_repair_pages_pushed_total", "Copies made", "repair_pages_pushed"),
     _Metric("longreach_kv_repair_bytes_pushed_total", "Bytes of copies", "repair_bytes_pushed"),
 )

@@ -12,6 +12,7 @@ from longreach.cluster.client import Client
 from longreach.cluster.gateway import Gateway
 from longreach.cluster.local_runtime import LocalRuntime
 from longreach.cluster.parts import Parts
+from longreach.cluster.tier_metrics import _BYTES, _METRICS, TIERS
 from longreach.core.errors import FailedPrecondition, NotFound
 from longreach.core.page_key import ROOT_KEY
 from longreach.kvstore.page_client import PageClient
@@ -117,6 +118,15 @@ def test_a_snapshot_is_restored_over_real_membership(
     updates = list(client.kv.verify())
     assert [(s.bad, s.error) for s in updates[-1].stores] == [(0, "")] * 3
     assert sum(s.checked for s in updates[-1].stores) == 2 * N_PAGES
+
+
+def test_real_stores_give_every_number_of_the_metrics(
+    client: Client, runtime: LocalRuntime
+) -> None:
+    """A renamed statistic would leave a metric empty without any error."""
+    named = {stat.format(tier=tier) for _, _, stat in (*_METRICS, *_BYTES) for tier in TIERS}
+    stats = client.kv.stat().stores[0].numbers
+    assert named - set(stats) == {"repair_time_to_whole_s"}  # told once there was a loss
 
 
 def test_a_store_that_was_ended_is_named_until_it_is_back(
