@@ -161,7 +161,8 @@ def is_good(found: dict[str, Any]) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     say = console().print
-    plan = f"seed={arguments.seed},kill=store+worker:{arguments.kill_every}s,{arguments.faults}"
+    kills = f"kill=store+worker:{arguments.kill_every}s,strikes_for={arguments.seconds:g}s"
+    plan = f"seed={arguments.seed},{kills},{arguments.faults}"
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longreach-")))
         arenas = stack.enter_context(
@@ -170,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = write_config(directory, Path(arenas))
         loaded = load_config([config])
         result = record("benchmarks.chaos", loaded, sys.argv[1:] if argv is None else argv)
-        found = run(config, directory, plan, arguments.seconds, arguments.seed, say)
+        settings = (arguments.seconds, arguments.seed, say)
+        found = run(config, directory, plan, *settings, n_contexts=arguments.contexts)
         if arguments.keep_logs is not None:
             arguments.keep_logs.mkdir(parents=True, exist_ok=True)
             for log in directory.glob("*.log"):
@@ -189,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of load")
     parser.add_argument("--kill-every", type=int, default=20, help="seconds between two kills")
     parser.add_argument("--faults", default=FAULTS, help="what goes wrong besides, as --chaos")
+    parser.add_argument("--contexts", type=int, default=len(WORDS), help="documents asked about")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--keep-logs", type=Path, help="directory for the serve processes' logs")
     path = ROOT / "benchmarks" / "results" / "chaos.json"

@@ -123,6 +123,8 @@ class FaultsConfig(_Faults):
     several such plans."""
     pause: Annotated[tuple[Pause, ...], BeforeValidator(_as_tuple)] = ()
     """`worker:30s/2s`: every 30 s a random worker stands still for 2 s."""
+    strikes_for: Seconds | None = None
+    """`10m`: nothing is killed or paused later than that after the start; none never ends."""
     drop: Share = 0.0
     """Share of requests to stores, workers and retrievers that are lost before they take effect: the
     caller waits until its deadline."""

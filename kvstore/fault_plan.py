@@ -89,6 +89,7 @@ def schedule(
 ) -> list[Strike]:
     """Kills and pauses after from_s and up to until_s, in order. A longer time only adds to it."""
     strikes = []
+    until_s = min(until_s, config.strikes_for or until_s)
     for kind, plans in (("kill", config.kill), ("pause", config.pause)):
         for i, plan in enumerate(plans):
             candidates = sorted(part for part in part_ids if plan.strikes(part))

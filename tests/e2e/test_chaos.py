@@ -20,7 +20,7 @@ def test_a_minute_of_chaos(
     chaos = importlib.import_module("benchmarks.chaos")
     serve = importlib.import_module("benchmarks.tiny_serve")
     config = serve.write_config(tmp_path, arenas)
-    plan = f"seed=11,kill=store+worker:15s,{chaos.FAULTS}"
+    plan = f"seed=11,kill=store+worker:15s,strikes_for={SECONDS}s,{chaos.FAULTS}"
     found = chaos.run(config, tmp_path, plan, SECONDS, 11, print, mark, n_contexts=4)
     rows = found["rows"]
     assert chaos.is_good(found), {k: rows[k] for k in ("different", "failed", "lost", "doubled")}

@@ -104,3 +104,5 @@ def test_strikes_fall_on_parts_that_the_plan_names_and_on_all_of_them() -> None:
     paused = {(s.part, s.for_s) for s in strikes if s.kind == "pause"}
     assert paused == {("retriever-0", 2.0)}
     assert schedule(config.model_copy(update={"seed": 5}), PARTS, 6000) != strikes
+    ended = config.model_copy(update={"strikes_for": 100.0})
+    assert schedule(ended, PARTS, 6000) == [s for s in strikes if s.at_s <= 100]
