@@ -52,12 +52,12 @@ def test_a_page_that_is_pinned_on_its_way_stays_and_leaves_later_for_nothing(
     assert move is not None
     page, slot = move.page, move.page.slot
     assert page in pages
-    shard.prepare_load([page.key], "r", 0.0, 10.0)
+    shard.prepare_load([page.key], "w", 0.0, 10.0)
     copy(shard, move)
     assert page.slot == slot
     assert page.backup is not None
     n_written = shard.stats()["disk_bytes_written"]
-    shard.release("r")
+    shard.release("w")
     shard.touch([p.key for p in pages if p is not page])
     while (move := shard.moves.next_down(0.0)) is not None:
         copy(shard, move)
