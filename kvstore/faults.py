@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..core.errors import LongreachError
+from ..core.errors import LongreachError, PageCorrupt
 from ..core.fault_config import FaultsConfig
 from .fault_plan import FaultPlan, Faults
 from .transport import Buffer, Reply, Service, Unanswered
@@ -91,12 +91,21 @@ class FaultyService:
         if faults.delay_s:
             self.counts.add("delayed")
             time.sleep(faults.delay_s)
-        if self.is_store and method == "write" and faults.corrupt and buffers:
-            self.counts.add("corrupt_write")
+        damaged = self.is_store and method == "write" and faults.corrupt and bool(buffers)
+        if damaged:
             buffers = [flipped(buffers[0], faults.where), *buffers[1:]]
         if self.is_store and method == "prepare_load":
             self._damage_at_rest(header.get("keys"))
-        made = self.service.handle(method, header, buffers)
+        try:
+            made = self.service.handle(method, header, buffers)
+        except PageCorrupt:
+            if damaged:
+                self.counts.add("corrupt_write")
+            raise
+        if damaged and isinstance(made, Reply):
+            # the bytes of a page that is held already are not looked at
+            unread = made.header.get("duplicate", False)
+            self.counts.add("corrupt_unread" if unread else "corrupt_write")
         if not isinstance(made, Reply):
             return _FaultyReplies(self, method, header, made, faults)
         if faults.lose_answer:
