@@ -19,6 +19,7 @@ from ..core.errors import (
     InvalidInput,
     LongreachError,
     NumericalError,
+    StoreFull,
     as_longreach_error,
 )
 from ..core.page_key import RecipeFingerprint, prompt_keys
@@ -182,6 +183,10 @@ class Engine:
             for row in rows:
                 if lost.page_id in row.page_ids:
                     self._restart(row)
+        except StoreFull as full:
+            # the row that came last gives up its pages and waits its turn; the others take this step again
+            running = [r for r in self._rows.values() if r.state is not RowState.QUEUED]
+            self._fail(max(running, key=lambda r: r.order), full)
         except NumericalError as error:
             # the error names its row; the others have lost nothing and take this step again
             for row in rows:
