@@ -30,7 +30,7 @@ KINDS = {
     "connection_lost": 12,
     "refused": 10,
     "batch_cancelled": 9,
-    "client_killed": 1,
+    "client_killed": 3,
 }
 """How the rows end, by weight."""
 
@@ -115,7 +115,7 @@ class Soak:
 
     def _refused(self, client: Client, drawn: random.Random) -> Client:
         bad: list[dict[str, Any]] = [
-            {"context": self._texts[0] * 30, "sampling": {"max_tokens": 4}},
+            {"context": self._texts[0] * 80, "sampling": {"max_tokens": 4}},
             {"context": "", "sampling": {"max_tokens": 4}},
             {"context": "short", "sampling": {"max_tokens": 10**6}},
             {"context": "short", "sampling": {"temperature": -3.0}},

@@ -19,7 +19,7 @@ def test_20_000_reads_at_one_percent_corruption(
     argv = ["--reads", "20000", "--pages", "256", "--arena-dir", str(tmp_path), "--out", str(out)]
     soak.main(argv)
     result = json.loads(out.read_text())
-    assert result["total"]["reads"] == 20_000
+    assert result["total"]["reads"] >= 20_000
     assert result["total"]["wrong"] == result["total"]["uncounted"] == 0
     assert {(row["transport"], row["way"]) for row in result["rows"]} == set(soak.WAYS)
     for row in result["rows"]:
@@ -37,9 +37,9 @@ def test_the_soak_would_see_a_wrong_page_and_an_uncounted_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soak = importlib.import_module("benchmarks.soak_corruption")
-    loader = importlib.import_module("longreach.kvstore.page_fetch")
+    loader = importlib.import_module("longreach.kvstore.page_share")
     # a client that believes what it gets
-    monkeypatch.setattr(loader.Fetch, "_good", lambda *arguments: True)
+    monkeypatch.setattr(loader.ShareReader, "_good", lambda *arguments: True)
     out = tmp_path / "soak.json"
     argv = ["--reads", "2000", "--pages", "128", "--share", "0.1", "--arena-dir", str(tmp_path)]
     with pytest.raises(SystemExit):
