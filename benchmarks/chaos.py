@@ -42,7 +42,7 @@ SECONDS = 600
 WORDS = tuple(range(1000, 2500, 125))  # a context each, one to two tokens a word
 N_QUESTIONS = 4
 N_TOKENS = 64
-FAULTS = "drop=0.0005,lose_answer=0.0005,delay=0.02:20ms,cut=0.0005:1s,corrupt=0.003"
+FAULTS = "drop=0.0005,lose_answer=0.0005,delay=0.02:20ms,cut=0.005:1s,corrupt=0.003"
 
 
 def run(
