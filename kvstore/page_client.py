@@ -76,6 +76,7 @@ class PageClient:
         self._pool = StorePool(
             self._memory, node_id, timeout_s, force_wire, self._clock, wrap_channel
         )
+        self._owner = owner
         self._rows = RowTable(owner)
         self._private = PrivatePages(self._memory)
         self._counters = Counters()
@@ -268,8 +269,7 @@ class PageClient:
             if state is not None:
                 self._clean_up(state)
         self._calls.shutdown(wait=True)
-        self._pool.release_again()
-        self._pool.close()
+        self._pool.close(self._owner)
 
     def _store(self, key: PageKey, parent_key: PageKey, page: Bytes, state: Row) -> PageHandle:
         try:

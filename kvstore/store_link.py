@@ -246,6 +246,12 @@ class StoreLink:
             # not by `call`: behind pages that a slow link still carries, late is no failure
             self._channel.call("release", {"owner": owner}, timeout_s=timeout_s)
 
+    def farewell(self, prefix: str) -> None:
+        """Frees the pins of all owners whose name starts so, even if the store failed lately: it may
+        be back, and nobody asks again."""
+        timeout_s = min(self._timeout_s, HELLO_TIMEOUT_S)
+        self._channel.call("release", {"owner": prefix, "prefix": True}, timeout_s=timeout_s)
+
     def renew(self, owners: list[str], lease_s: float) -> list[str]:
         """Owners whose lease had ended at the store."""
         reply = self.call("renew", {"owners": owners, "lease_s": lease_s}, n_attempts=2)

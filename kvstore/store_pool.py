@@ -143,6 +143,12 @@ class StorePool:
     def n_failures(self) -> int:
         return self._n_failures_before + sum(link.n_failures for link in self.links.values())
 
-    def close(self) -> None:
+    def close(self, owner: str) -> None:
+        """Frees what is left of the owner's pins, whoever they were for; a store that does not answer
+        lets the leases run out."""
         for link in self.links.values():
+            try:
+                link.farewell(f"{owner}/")
+            except LongreachError as exc:
+                logger.info("store %s is left without a farewell: %s", link.store_id, exc.message)
             link.close()

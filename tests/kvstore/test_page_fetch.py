@@ -93,6 +93,16 @@ def at_rest(stores: Stores, timeout_s: float = 15.0) -> bool:
     )
 
 
+def leases_left(stores: Stores) -> list[tuple[str, str, int, int]]:
+    """Store, owner, pages pinned and writes open."""
+    return [
+        (store_id, owner, len(lease.pages), len(lease.writes))
+        for store_id, service in stores.services.items()
+        for owner in service._shard._leases.named("")
+        if (lease := service._shard._leases.get(owner)) is not None
+    ]
+
+
 def open_files() -> list[str]:
     found = []
     for fd in os.listdir("/proc/self/fd"):
@@ -401,7 +411,7 @@ def live_through_troubles(stores: Stores, seed: int, node_id: str) -> None:
     client.close()
     stats = client.stats()
     assert (stats["private_pages"], stats["write_behind_bytes"], stats["rows"]) == (0, 0, 0)
-    assert at_rest(stores), [list(service._shard._leases) for service in stores.services.values()]
+    assert at_rest(stores), leases_left(stores)
 
 
 @pytest.mark.parametrize("seed", range(3))
