@@ -90,6 +90,10 @@ def _sum(parts: Sequence[dict[str, Any]], name: str) -> int:
     return int(sum(numbers.get(name, 0) for numbers in parts))
 
 
+def thread_names() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
 def left_over(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
     return {name: now[name] - before[name] for name in now if now[name] > before[name]}
 
@@ -151,6 +155,7 @@ def run(config: Config, n_rows: int, minutes: float, seed: int, say: Callable[[s
         say(f"warm-up: {WARM_UP_ROWS} rows")
         soak.run(lambda n: n < WARM_UP_ROWS)
         before = quiet(soak)
+        names_before = thread_names()
         soak.ends.clear()
         soak.errors.clear()
         memory = Memory()
@@ -185,6 +190,7 @@ def run(config: Config, n_rows: int, minutes: float, seed: int, say: Callable[[s
         "before": before,
         "after": after,
         "left_over": left_over(before, after),
+        "new_threads": sorted(thread_names() - names_before),
         "mb_per_minute": memory.slopes(),
         "own_mb": memory.thinned(),
     }
