@@ -146,7 +146,13 @@ class ShardMachine(RuleBasedStateMachine):
         self.hook.code = code
         self.writes.append((begun, version))
 
-    @rule(first=KEYS, n=st.integers(2, N_KEYS), version=st.integers(0, 2), owner=OWNERS, keep=st.booleans())
+    @rule(
+        first=KEYS,
+        n=st.integers(2, N_KEYS),
+        version=st.integers(0, 2),
+        owner=OWNERS,
+        keep=st.booleans(),
+    )
     def put(self, first: int, n: int, version: int, owner: str, keep: bool) -> None:
         for i in range(first, min(first + n, N_KEYS)):
             n_before = len(self.writes)

@@ -120,7 +120,14 @@ def test_kill_in_the_middle_of_writes(tmp_path: Path, mode: str) -> None:
 def test_a_living_owner_keeps_its_files(tmp_path: Path) -> None:
     with running(tmp_path, "through"):
         second = subprocess.run(
-            [sys.executable, "-c", CHILD, str(tmp_path / "disk"), str(tmp_path / "arena"), "demote"],
+            [
+                sys.executable,
+                "-c",
+                CHILD,
+                str(tmp_path / "disk"),
+                str(tmp_path / "arena"),
+                "demote",
+            ],
             capture_output=True,
             text=True,
             timeout=60,
