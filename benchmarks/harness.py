@@ -261,8 +261,16 @@ def record(module: str, config: Config, argv: Sequence[str]) -> dict[str, Any]:
         },
         "command": ["python", "-m", module, *argv],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "config": config_dict(config),
+        "config": _without_folders(config_dict(config)),
     }
+
+
+def _without_folders(tree: dict[str, Any]) -> dict[str, Any]:
+    """Of files that a run made for itself, the names: where they lay says nothing to a reader."""
+    for section, field in (("model", "name"), ("gateway", "state_dir"), ("store", "disk_dir")):
+        if tree[section][field] is not None:
+            tree[section][field] = Path(tree[section][field]).name
+    return tree
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -160,7 +160,8 @@ def flipped(client: Client, snap: Path) -> str:
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
-    return refused(lambda: list(client.kv.restore(str(snap))))
+    # where it lay says nothing to a reader
+    return refused(lambda: list(client.kv.restore(str(snap)))).replace(f"{snap.parent}/", "")
 
 
 def of_another(config: Config, snap: Path) -> str:
