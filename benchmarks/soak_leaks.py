@@ -46,6 +46,7 @@ SAMPLE_S = 1.0
 FAULTS = ("faults.corrupt=0.003", "faults.lose_answer=0.0005", "faults.delay=0.01:5ms")
 GAUGES = ("longreach_rows_queued", "longreach_rows_running", "longreach_streams_open")
 POOLS = {"row": 3 * N_CLIENTS, "grpc": 4 * N_CLIENTS, "page-call": 8, "page-store": 4, "cancel": 4}
+POOLS["page-prefetch"] = 1
 """Pools whose threads are made as they are needed and kept, with the most that these clients need."""
 
 Row = dict[str, Any]
@@ -64,7 +65,9 @@ def held(soak: Soak) -> dict[str, int]:
     arenas = soak.config.store.arena_dir
     with Client(soak.address) as client:
         gateway = dict(client.stats().gateway)
-    threads = Counter(thread.name.rpartition("_")[0] for thread in threading.enumerate())
+    threads = Counter(
+        thread.name.rpartition("_")[0] or thread.name for thread in threading.enumerate()
+    )
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return {
         "pages pinned": _sum(stores, "pages_pinned"),
@@ -174,6 +177,7 @@ def run(config: Config, n_rows: int, minutes: float, seed: int, say: Callable[[s
         memory.stop()
         seconds = time.monotonic() - started_s
         after = quiet(soak, before)
+        new_threads = sorted(thread_names() - names_before)
         parts = soak.runtime.stats()
         faults = {
             name: int(sum(p.get(name, 0) for p in parts.values()))
@@ -190,7 +194,7 @@ def run(config: Config, n_rows: int, minutes: float, seed: int, say: Callable[[s
         "before": before,
         "after": after,
         "left_over": left_over(before, after),
-        "new_threads": sorted(thread_names() - names_before),
+        "new_threads": new_threads,
         "mb_per_minute": memory.slopes(),
         "own_mb": memory.thinned(),
     }
