@@ -62,10 +62,10 @@ demo: setup
 
 # two processes: one runs what starts services of its own, the other computes (tests/conftest.py)
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-kernels: setup
-	$(BIN)/python -m pytest -n 2 --dist load --grid tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist loadscope --grid tests/kernels
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVICES = "services"
 SERVING = ("cluster", "e2e", "kvstore")
 """Folders whose tests start services."""
 GRID_CASES = 2
@@ -93,23 +94,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--grid"):
         _thin_out(config, items)
     _skip_gpu(items)
-    if config.pluginmanager.hasplugin("xdist"):
-        _share_out(items)
+    # what starts services begins first: it takes longest, and waits most
+    items.sort(key=lambda item: _unit(item.nodeid) != SERVICES)
 
 
-def _share_out(items: list[pytest.Item]) -> None:
-    """Units of work for `pytest -n 2 --dist loadgroup`. Tests that start services, wait and measure time are
-    one unit and begin first, so that they share the fixtures of a session and never disturb each other; of
-    the others, each file is one."""
+def _unit(nodeid: str) -> str:
+    """The unit of work of a test: with `pytest -n 2` each goes to one process as a whole. Tests that start
+    services, wait and measure time are one, so that they share the fixtures of a session and never disturb
+    each other; of the others, each file is one."""
+    path = nodeid.partition("::")[0]
+    folder = path.removeprefix("tests/").partition("/")[0]
+    return SERVICES if folder in SERVING or folder.endswith(".py") else path
 
-    def serves(item: pytest.Item) -> bool:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        return folder in SERVING or folder.endswith(".py")
 
-    items.sort(key=lambda item: not serves(item))
-    for item in items:
-        unit = "services" if serves(item) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(unit))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Instead of groups by mark: xdist 3.8 writes them into names that pytest 9.2 makes anew."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    return Units(config, log)
 
 
 def _thin_out(config: pytest.Config, items: list[pytest.Item]) -> None:
