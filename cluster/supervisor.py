@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..core.config import StoreConfig
 from ..core.errors import LongreachError
+from ..core.store_config import StoreConfig
 from ..kvstore.membership import Member, Membership
 from ..kvstore.transport import Channel, connect
 from .processes import process_alive

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 from .fault_config import FaultsConfig
+from .section import Section
 from .stage import QUERY_BLOCK, LayerPolicy, question_start
+from .store_config import StoreConfig
 
 KvDtype = Literal["float32", "float16", "bfloat16", "int8", "float8", "int4"]
 
 
-class _Section(BaseModel):
-    # no infinities: a deadline of .inf would be a wait without end
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model answers."""
 
     name: str = "embedded"
@@ -40,7 +37,7 @@ class ModelConfig(_Section):
     """Names a batch line's `model` may use besides `name`; empty accepts only `name`."""
 
 
-class AttentionConfig(_Section):
+class AttentionConfig(Section):
     """Selection and attention per layer."""
 
     policies: tuple[LayerPolicy, ...] = Field(
@@ -62,7 +59,7 @@ class AttentionConfig(_Section):
         return any(not policy.dense for policy in self.policies)
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """Pages and the decode worker's device bank."""
 
     page_tokens: int = Field(default=64, ge=8)
@@ -74,7 +71,7 @@ class CacheConfig(_Section):
     """Pages (of all layers) that the device bank of attention holds; smaller means more passes."""
 
 
-class WorkerConfig(_Section):
+class WorkerConfig(Section):
     """The decode worker's batching."""
 
     max_rows: int = Field(default=8, gt=0)
@@ -87,76 +84,7 @@ class WorkerConfig(_Section):
     """Every n-th decode step samples the attention mass kept (one layer, one head); 0 never."""
 
 
-class StoreConfig(_Section):
-    """The KV store pool."""
-
-    count: int = Field(default=2, gt=0)
-    """Store shards."""
-    replicas: int = Field(default=2, gt=0)
-    """Copies of each page, on different stores; in different zones and on different nodes if possible."""
-    zone: str = ""
-    """Where the stores are, as far as one failure reaches. A Ray node's own label
-    (`topology.kubernetes.io/zone` or `ray.io/availability-zone`) wins."""
-    repair_delay_s: float = Field(default=5.0, ge=0)
-    """How long a lost store may take to come back before its pages are copied elsewhere."""
-    repair_bytes_per_s: int = Field(default=128 << 20, gt=0)
-    """Bytes of pages that each store may copy to others in a second, to repair or to move them."""
-    capacity_bytes: int = Field(default=4 << 30, gt=0)
-    """Bytes of page slots per store shard."""
-    lease_s: float = Field(default=600.0, gt=0)
-    """Longest time a page stays pinned for an owner that does not renew."""
-    timeout_s: float = Field(default=20.0, gt=0)
-    """Deadline of one call to a store, and of one batch of pages from several."""
-    hedge: bool = True
-    """Ask a replica as well when a store falls silent for longer than it usually does; at most one
-    request in ten."""
-    write_behind_bytes: int = Field(default=256 << 20, gt=0)
-    """Pages of a worker whose store may be under way, in bytes; more make prefill wait."""
-    prefetch_bytes: int = Field(default=64 << 20, ge=0)
-    """Pages that a worker may fetch for rows that wait to be admitted, in bytes; 0 fetches none."""
-    arena_dir: str = "/dev/shm"
-    """Directory of the shared-memory arena files."""
-    disk_dir: str | None = None
-    """Directory of the disk tier's files (`<store id>.pages`, `.index`); none keeps pages in memory
-    only. A store that restarts finds the pages of its files again."""
-    disk_bytes: int = Field(default=0, ge=0)
-    """Bytes of page slots on disk per store shard; needs `disk_dir`."""
-    disk_write: Literal["demote", "through"] = "demote"
-    """`demote`: pages go to disk when the arena is above its high watermark. `through`: every page
-    is also written to disk, behind, so that a restart finds all of them."""
-    flush_s: float = Field(default=2.0, ge=0)
-    """On a clean end, how long pages of the arena may still be written to free slots on disk."""
-    high_watermark: float = Field(default=0.95, gt=0, le=1)
-    """Share of the arena's slots in use above which unpinned pages move to disk."""
-    low_watermark: float = Field(default=0.85, ge=0, lt=1)
-    """Share of the arena's slots in use at which moving to disk stops."""
-    promote_pages: int = Field(default=256, ge=0)
-    """Pages that one request may copy from disk to the arena before they are read; the others are
-    read where they lie."""
-    scrub_bytes_per_s: int = Field(default=64 << 20, ge=0)
-    """Rate at which held pages are checked in the background; 0 turns it off."""
-    scrub_pause_s: float = Field(default=600.0, gt=0)
-    """Pause between two rounds of the background check."""
-    faults: bool = False
-    """For tests: stores take the request `corrupt`, which flips bytes of a page they hold."""
-
-    @model_validator(mode="after")
-    def _check_tiers(self) -> StoreConfig:
-        if self.disk_dir is None:
-            for name, wants in (("disk_bytes", self.disk_bytes), ("disk_write", self.disk_write)):
-                if wants not in (0, "demote"):
-                    raise ValueError(f"store.{name} ({wants}) needs store.disk_dir")
-        elif not self.disk_bytes:
-            raise ValueError(f"store.disk_dir ({self.disk_dir}) needs store.disk_bytes")
-        if self.low_watermark >= self.high_watermark:
-            raise ValueError(
-                f"store.low_watermark ({self.low_watermark}) must be below store.high_watermark "
-                f"({self.high_watermark})"
-            )
-        return self
-
-
-class RetrieverConfig(_Section):
+class RetrieverConfig(Section):
     """The page retriever (summaries of active contexts)."""
 
     count: int = Field(default=1, gt=0)
@@ -167,7 +95,7 @@ class RetrieverConfig(_Section):
     """Deadline of one call to a retriever."""
 
 
-class GatewayConfig(_Section):
+class GatewayConfig(Section):
     """The gRPC gateway and its journal."""
 
     host: str = "127.0.0.1"
@@ -198,7 +126,7 @@ class GatewayConfig(_Section):
     """TCP port of the Prometheus metrics; none serves no metrics, 0 picks a free one."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """How the parts are started."""
 
     wiring: Literal["ray", "inprocess"] = "ray"
@@ -213,7 +141,7 @@ class ClusterConfig(_Section):
     """Deadline for the parts to come up."""
 
 
-class Config(_Section):
+class Config(Section):
     """The whole tree. Loaded from YAML files (later ones win), then `--set a.b=c`."""
 
     model: ModelConfig = ModelConfig()
@@ -255,7 +183,9 @@ class Config(_Section):
         }
         self.faults.check_parts(f"{kind}-{i}" for kind, n in counts.items() for i in range(n))
         if self.faults.of_disks and self.store.disk_dir is None:
-            raise ValueError("faults of disks (disk_full, disk_error, slow_disk) need store.disk_dir")
+            raise ValueError(
+                "faults of disks (disk_full, disk_error, slow_disk) need store.disk_dir"
+            )
         if self.faults.pause and self.cluster.wiring == "ray" and self.cluster.ray_address:
             raise ValueError(
                 "faults.pause needs the parts' processes on this machine; with "

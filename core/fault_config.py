@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .errors import ConfigError
+from .section import Section
 
 PART_KINDS = ("store", "worker", "retriever")
 _UNIT_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -38,11 +39,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 """Of the calls that a fault can strike. 1 is refused: nothing would ever succeed."""
 
 
-class _Faults(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Sometimes(_Faults):
+class Sometimes(Section):
     """A share of the calls, and a time: `0.05:50ms`."""
 
     share: Share
@@ -61,7 +58,7 @@ class Sometimes(_Faults):
         return {"share": share, "seconds": seconds}
 
 
-class Kill(_Faults):
+class Kill(Section):
     """A part and how often it is killed: `store:20s`."""
 
     parts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
@@ -113,7 +110,7 @@ class Pause(Kill):
         return self
 
 
-class FaultsConfig(_Faults):
+class FaultsConfig(Section):
     """Faults that are injected on purpose. Nothing of it is there unless a value says so."""
 
     seed: int = 0

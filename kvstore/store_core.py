@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from ..core.clock import Clock
-from ..core.config import StoreConfig
+from ..core.store_config import StoreConfig
 from .arena import Arena, sweep
 from .disk import LOCK_TIMEOUT_S, DiskTier
 from .disk_index import DiskIndex

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..core.clock import Clock, SystemClock
-from ..core.config import StoreConfig
 from ..core.errors import FailedPrecondition, InvalidInput, NotFound
+from ..core.store_config import StoreConfig
 from .disk import DiskHook
 from .membership import Membership
 from .page import PageGeometry

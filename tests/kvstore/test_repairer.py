@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from longreach.core.config import StoreConfig
 from longreach.core.errors import InvalidInput
+from longreach.core.store_config import StoreConfig
 from longreach.kvstore import repairer as repairer_module
 from longreach.kvstore.membership import Member, Membership
 from longreach.kvstore.page_client import PageClient, PageHandle

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from longreach.core.config import StoreConfig
 from longreach.core.errors import InvalidInput
+from longreach.core.store_config import StoreConfig
 from longreach.kvstore.page import checksums_to_wire, page_checksums
 from longreach.kvstore.store_service import StoreService
 from longreach.kvstore.transport import Reply

@@ -23,7 +23,7 @@ N = GEOMETRY.page_nbytes
 N_ARENA, N_DISK = 16, 400
 CHILD = f"""
 import sys, time
-from longreach.core.config import StoreConfig
+from longreach.core.store_config import StoreConfig
 from longreach.kvstore.page import PageGeometry
 from longreach.kvstore.store_service import StoreService
 from longreach.kvstore.transport import serve

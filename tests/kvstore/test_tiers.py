@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longreach.core.config import StoreConfig
 from longreach.core.errors import FailedPrecondition, StoreFull
+from longreach.core.store_config import StoreConfig
 from longreach.kvstore.page import PageGeometry
 
 from .kv_helpers import GEOMETRY, Stores, bytes_at, check, key_of, page_of, put, take
