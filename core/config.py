@@ -156,6 +156,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.model.device == "cuda" and self.store.disk_dir is not None:
+            raise ValueError(
+                f"store.disk_dir ({self.store.disk_dir}) with model.device cuda: a GPU reads pages in "
+                "memory that is pinned, which a file's is not; leave out the disk tier and raise "
+                "store.capacity_bytes"
+            )
         if self.attention.sparse and self.cache.page_tokens % QUERY_BLOCK:
             raise ValueError(
                 f"cache.page_tokens ({self.cache.page_tokens}) must be a multiple of "

@@ -222,6 +222,10 @@ def test_contradictory_budgets_are_refused_with_both_numbers(
             ["store.low_watermark=0.95"],
             "store.low_watermark (0.95) must be below store.high_watermark (0.95)",
         ),
+        (
+            ["model.device=cuda", "store.disk_dir=/d", "store.disk_bytes=1000000"],
+            "store.disk_dir (/d) with model.device cuda",
+        ),
     ],
 )
 def test_contradictions_of_the_disk_tier(sets: list[str], words: str) -> None:
