@@ -53,6 +53,7 @@ def test_the_files_are_the_ones_tested_here() -> None:
         "dev",
         "infinitehip-16k-shallow",
         "longreach-3k",
+        "one-machine-1m",
         "single-gpu-3m",
         *PRESETS,
     }
