@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import os
 import time
 from collections import Counter
@@ -279,6 +280,18 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
+
+
+@contextlib.contextmanager
+def no_log() -> Iterator[None]:
+    """Without the parts' log, which has a line per fault where faults are meant. Also a decorator."""
+    logger = logging.getLogger("longreach")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def pyplot() -> Any | None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import logging
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from longreach.kvstore.page import Bytes, PageGeometry
 from longreach.kvstore.page_client import PageClient, PageHandle
 from longreach.kvstore.transport import connect, serve
 
-from .harness import ROOT, console, record, write_result
+from .harness import ROOT, console, no_log, record, write_result
 
 N_READS = 1_000_000
 N_PAGES = 4096
@@ -179,9 +178,9 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
     return {**{name: sum(row[name] for row in rows) for name in names}, "injected": injected}
 
 
+@no_log()
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
-    logging.getLogger("longreach").setLevel(logging.CRITICAL)  # a line per fault otherwise
     with tempfile.TemporaryDirectory(prefix="longreach-soak-", dir=arguments.arena_dir) as arenas:
         n_pages = arguments.pages
         settings = (arguments.seed, arguments.share, n_pages, Path(arenas))

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import logging
 import os
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from rich.table import Table
 from longreach.cluster.client import Client
 from longreach.core.config import Config, load_config
 
-from .harness import ROOT, console, record, resident_bytes, write_result
+from .harness import ROOT, console, no_log, record, resident_bytes, write_result
 from .leak_rows import N_CLIENTS, Soak
 from .tiny_serve import write_config
 
@@ -200,9 +199,9 @@ def run(config: Config, n_rows: int, minutes: float, seed: int, say: Callable[[s
     }
 
 
+@no_log()
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
-    logging.getLogger("longreach").setLevel(logging.CRITICAL)  # a line per fault otherwise
     say = console().print
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="longreach-")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,19 @@ from .client import DEFAULT_ADDRESS, Client
 
 log = logging.getLogger(__name__)
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+PIPE_COLUMNS = 160
+"""Width of tables in a file or a pipe, unless COLUMNS says another."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    made = Console(stderr=stderr, highlight=False)
+    if made.is_terminal or "COLUMNS" in os.environ:
+        return made
+    return Console(stderr=stderr, highlight=False, width=PIPE_COLUMNS)
+
+
+out = _console()
+err = _console(stderr=True)
 
 ConfigFiles = Annotated[
     list[Path],

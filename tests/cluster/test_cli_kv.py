@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from longreach.cluster import cli_base
 from longreach.cluster.cli import app
 from longreach.cluster.proto import admin_pb2, jobs_pb2, kv_pb2
 from longreach.cluster.render_kv import hit_rate, stat_table
@@ -40,7 +41,9 @@ def run(cluster: KvCluster) -> Callable[..., Result]:
 
 def invoke(cluster: KvCluster, *args: Any) -> Result:
     arguments = [*(str(a) for a in args), "--state-dir", cluster.state_dir]
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+    # read once, at import, from whatever runs the tests
+    cli_base.out.width = cli_base.PIPE_COLUMNS
+    return CliRunner().invoke(app, arguments)
 
 
 def assert_fails(result: Result, reason: str) -> None:
