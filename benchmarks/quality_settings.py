@@ -106,6 +106,8 @@ def presets() -> dict[str, Policy]:
         (ROOT / "configs").glob("*.yaml"), key=lambda p: (p.stem == "dev", len(p.stem))
     ):
         policies = load_config([str(path)], []).attention.policies
+        if all(policy.dense for policy in policies):
+            continue  # a file that says nothing of selection
         by_layer = resolve_policies(policies, N_LAYERS)
         found.setdefault(policies_fingerprint(by_layer), (path.stem, policy_of(by_layer)))
     return dict(found.values())

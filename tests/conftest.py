@@ -20,7 +20,7 @@ if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = "services"
-SERVING = ("cluster", "e2e", "kvstore")
+SERVING = ("cluster", "e2e")
 """Folders whose tests start services."""
 GRID_CASES = 2
 """Of a test marked grid, in the short version."""
