@@ -90,13 +90,7 @@ def pages_of_text(
         session.ask([prompt], 1, say)
         keys = keys_of(config, prompt)
         handles = session.client.acquire(keys, "text")
-        size = session.client.geometry.page_nbytes
-        pages = [
-            session.client.memories[h.memory][at : at + size].copy()
-            for h in handles
-            if h is not None
-            for at in [h.first_leaf_row * session.client.geometry.leaf_nbytes]
-        ]
+        pages = [session.client.page_bytes(h).copy() for h in handles if h is not None]
     if len(pages) < len(keys):
         raise RuntimeError(f"{len(keys) - len(pages)} of {len(keys)} pages did not come back")
     return np.stack(pages)

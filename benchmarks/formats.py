@@ -111,7 +111,8 @@ def attention(
         plain = Setting("as configured", lambda budget, layer: policies[layer])
         starts = capture.positions[capture.positions >= len(capture.token_ids) * 3 // 4]
         starts = starts[:: max(1, len(starts) // N_QUERIES)].tolist()
-        probes = [Layer(capture, at).probe(start) for start in starts]
+        exact = Layer(capture, at)
+        probes = [exact.probe(start) for start in starts]
         for form in formats(head_dim):
             layer = RoundedLayer(capture, at, form)
             ready = layer.summaries(policy)

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..core.config import Config
 from ..core.errors import FailedPrecondition
-from ..kvstore.membership import Membership
 from ..kvstore.serving import builder
-from ..kvstore.transport import Channel, Server, Service, serve
+from ..kvstore.transport import Server, Service, serve
 from .parts import Parts
 from .runtime import Located, PartKind, part_ids
+from .supervised import Supervised
 from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _DRAIN_S = 2.0
 _serial = itertools.count()
 
 
-class LocalRuntime:
+class LocalRuntime(Supervised):
     """Stores, retrievers and workers as objects of this process, behind the real transport."""
 
     def __init__(self, config: Config, parts: Parts | None = None) -> None:
@@ -54,27 +54,6 @@ class LocalRuntime:
         except BaseException:
             self.stop()
             raise
-
-    def workers(self) -> dict[str, Channel]:
-        return self._supervisor.live("worker")
-
-    def worker_failed(self, worker_id: str) -> None:
-        self._supervisor.fail(worker_id)
-
-    def stores(self) -> dict[str, Channel]:
-        return self._supervisor.live("store")
-
-    def membership(self) -> Membership:
-        return self._supervisor.membership()
-
-    def drain_store(self, store_id: str) -> Membership:
-        return self._supervisor.drain_store(store_id)
-
-    def pid(self, part_id: str) -> int | None:
-        return None
-
-    def stats(self) -> dict[str, dict[str, Any]]:
-        return self._supervisor.stats()
 
     def stop(self, *, keep_parts: bool = False) -> None:
         """Ends every part; nothing can be kept, since they live in this process."""

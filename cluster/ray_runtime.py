@@ -31,16 +31,15 @@ from ..core.errors import (
     Unavailable,
 )
 from ..kvstore.arena import sweep
-from ..kvstore.membership import Membership
 from ..kvstore.serving import builder
 from ..kvstore.store_actor import StoreActor
-from ..kvstore.transport import Channel
 from ..workers.decode_actor import DecodeActor
 from ..workers.retriever_actor import RetrieverActor
 from .parts import Parts, fingerprint
 from .processes import process_alive, send_signal
 from .ray_head import RayHead, auth_environment
 from .runtime import Located, PartKind, part_ids
+from .supervised import Supervised
 from .supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ _DRAIN_S = 2.0
 _STOP_TIMEOUT_S = 20.0
 
 
-class RayRuntime:
+class RayRuntime(Supervised):
     """Parts as actors on a Ray of this state directory's own, or on `cluster.ray_address`."""
 
     def __init__(self, config: Config, state_dir: str | Path, parts: Parts | None = None) -> None:
@@ -102,27 +101,6 @@ class RayRuntime:
         except BaseException:
             self.stop()
             raise
-
-    def workers(self) -> dict[str, Channel]:
-        return self._supervisor.live("worker")
-
-    def worker_failed(self, worker_id: str) -> None:
-        self._supervisor.fail(worker_id)
-
-    def stores(self) -> dict[str, Channel]:
-        return self._supervisor.live("store")
-
-    def membership(self) -> Membership:
-        return self._supervisor.membership()
-
-    def drain_store(self, store_id: str) -> Membership:
-        return self._supervisor.drain_store(store_id)
-
-    def pid(self, part_id: str) -> int | None:
-        return self._supervisor.pid(part_id)
-
-    def stats(self) -> dict[str, dict[str, Any]]:
-        return self._supervisor.stats()
 
     def stop(self, *, keep_parts: bool = False) -> None:
         """End supervision; unless `keep_parts`, end the parts, this Ray and what both left."""

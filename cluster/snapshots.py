@@ -14,7 +14,7 @@ from .. import __version__
 from ..core.config import Config
 from ..core.errors import DataLoss, DeadlineExceeded, LongreachError, StoreFull
 from ..core.page_key import ROOT_KEY, PageKey, Recipe
-from ..kvstore.page import Bytes, PageGeometry
+from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
 from ..kvstore.snapshot import (
     FORMAT,
@@ -98,7 +98,7 @@ class Snapshots:
                         for i, handle in enumerate(client.acquire(keys, row), first):
                             if handle is None:
                                 raise _missing(i, n_pages, context_id)
-                            writer.add(self._bytes_of(client, handle), handle.checksums)
+                            writer.add(client.page_bytes(handle), handle.checksums)
                     finally:
                         client.release(row)
                     n_done = first + len(keys)
@@ -183,10 +183,6 @@ class Snapshots:
         for first in range(0, len(keys), size):
             yield first, list(keys[first : first + size])
 
-    def _bytes_of(self, client: PageClient, handle: PageHandle) -> Bytes:
-        first = handle.first_leaf_row * self._geometry.leaf_nbytes
-        return client.memories[handle.memory][first : first + self._geometry.page_nbytes]
-
     def _settle(self, client: PageClient, batch: list[Future[PageHandle]], row: str) -> None:
         """The pages of a batch are held with their replicas; then they are unpinned again."""
         try:
@@ -208,7 +204,7 @@ class Snapshots:
         """All pages must fit at once, or the last would push out the first."""
         answers = ask_all(self._runtime.stores(), "stats", {}, STAT_TIMEOUT_S)
         slots = [
-            int(stats.get("arena_slots", stats.get("n_slots", 0))) + int(stats.get("disk_slots", 0))
+            int(stats["n_slots"])
             for stats in answers.values()
             if not isinstance(stats, LongreachError)
         ]

@@ -32,6 +32,11 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
+def file_stem(name: str) -> str:
+    """A store's id as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
 def sweep(arena_dir: str | Path) -> list[str]:
     """Removes arena files whose owner is dead. Returns their names."""
     removed = []
@@ -77,8 +82,7 @@ class Arena:
                 f"{geometry.page_nbytes} bytes",
                 path="store.capacity_bytes",
             )
-        safe_owner = "".join(c if c.isalnum() or c in "-_" else "_" for c in owner)[:64]
-        name = f"{_PREFIX}.{safe_owner}.{os.getpid()}.{secrets.token_hex(4)}"
+        name = f"{_PREFIX}.{file_stem(owner)[:64]}.{os.getpid()}.{secrets.token_hex(4)}"
         path = Path(arena_dir) / name
         # made under a temporary name and locked before it gets its own, so that no sweep of
         # another process finds it unlocked

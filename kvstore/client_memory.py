@@ -61,6 +61,10 @@ class ClientMemory:
         n_bytes = self.geometry.page_nbytes
         return self.memories[memory][slot * n_bytes : (slot + 1) * n_bytes]
 
+    def page_of(self, handle: PageHandle) -> Bytes:
+        """The page of a handle: uint8 [page_nbytes], a view."""
+        return self.page(handle.memory, self.slot_of(handle))
+
     def handle(
         self, key: PageKey, memory: int, slot: int, checksums: Checksums, store_id: str
     ) -> PageHandle:

@@ -167,16 +167,8 @@ class PrivatePages:
         """One owner needs one page no more."""
         with self._lock:
             page = self._pages.get(key)
-            if page is not None:
-                page.owners.discard(owner)
-                if not page.owners:
-                    del self._pages[key]
-                    self._free(page)
-            for page in [page for page in self._spoiled if page.handle.key == key]:
-                page.owners.discard(owner)
-                if not page.owners:
-                    self._spoiled.remove(page)
-                    self._free(page)
+            spoiled = [page for page in self._spoiled if page.handle.key == key]
+            self._leave([page, *spoiled] if page is not None else spoiled, owner)
 
     def spoil(self, handle: PageHandle) -> None:
         """The bytes went bad: nobody else gets this copy; its slot is free when its rows are."""
@@ -187,16 +179,19 @@ class PrivatePages:
 
     def release(self, owner: str) -> None:
         with self._lock:
-            for key, page in list(self._pages.items()):
-                page.owners.discard(owner)
-                if not page.owners:
-                    del self._pages[key]
-                    self._free(page)
-            for page in list(self._spoiled):
-                page.owners.discard(owner)
-                if not page.owners:
-                    self._spoiled.remove(page)
-                    self._free(page)
+            self._leave([*self._pages.values(), *self._spoiled], owner)
+
+    def _leave(self, pages: list[_PrivatePage], owner: str) -> None:
+        """With the lock held. Pages that nobody needs any more give their slots back."""
+        for page in pages:
+            page.owners.discard(owner)
+            if page.owners:
+                continue
+            if self._pages.get(page.handle.key) is page:
+                del self._pages[page.handle.key]
+            else:
+                self._spoiled.remove(page)
+            self._free(page)
 
     def _free(self, page: _PrivatePage) -> None:
         self._memory.give_back_private(page.handle.memory, self._memory.slot_of(page.handle))

@@ -95,6 +95,11 @@ def page_checksums(page_bytes: Bytes, geometry: PageGeometry) -> Checksums:
     )
 
 
+def has_checksums(page_bytes: Bytes, geometry: PageGeometry, checksums: Checksums) -> bool:
+    """Whether every leaf has its checksum. Raises as page_checksums does."""
+    return bool(np.array_equal(page_checksums(page_bytes, geometry), checksums))
+
+
 def checksums_to_wire(checksums: Checksums) -> bytes:
     return checksums.astype("<u8", copy=False).tobytes()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import numpy as np
-
-from .page import Bytes, page_checksums
+from .page import Bytes, has_checksums
 from .page_slots import PageSlots, Tier
 from .page_table import BadReason, HeldPage
 
@@ -31,7 +29,7 @@ def read_checked(slots: PageSlots, page: HeldPage, slot: int) -> Bytes | BadCopy
     except OSError as exc:
         logger.warning("page %s cannot be read from disk: %s", page.key.hex()[:16], exc)
         return BadCopy(slot, slots.tier(slot), "unreadable")
-    if np.array_equal(page_checksums(data, slots.geometry), page.checksums):
+    if has_checksums(data, slots.geometry, page.checksums):
         return data
     logger.warning("page %s is corrupt in the %s", page.key.hex()[:16], slots.tier(slot))
     return BadCopy(slot, slots.tier(slot), "corrupt")

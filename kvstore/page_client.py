@@ -125,6 +125,10 @@ class PageClient:
     def memories(self) -> list[Bytes]:
         return self._memory.memories
 
+    def page_bytes(self, handle: PageHandle) -> Bytes:
+        """Where the page lies: uint8 [page_nbytes], a view."""
+        return self._memory.page_of(handle)
+
     def lookup(self, keys: Sequence[PageKey]) -> list[bool]:
         """Which pages at least one live store holds. Stores that do not answer count as empty."""
         return self._loader.lookup(keys) if keys else []

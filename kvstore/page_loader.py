@@ -13,7 +13,7 @@ from ..core.errors import LongreachError, StoreUnreachable
 from ..core.page_key import PageKey
 from .client_memory import PageHandle
 from .client_rows import Row
-from .page import Checksums, page_checksums
+from .page import Checksums, has_checksums
 from .page_fetch import Fetch
 from .page_share import FetchParts
 from .store_link import HELLO_TIMEOUT_S, StoreLink
@@ -86,9 +86,7 @@ class PageLoader:
 
     def verify(self, memory: int, slot: int, checksums: Checksums) -> bool:
         pages = self._parts.memory
-        return bool(
-            np.array_equal(page_checksums(pages.page(memory, slot), pages.geometry), checksums)
-        )
+        return has_checksums(pages.page(memory, slot), pages.geometry, checksums)
 
     def _run(
         self, fetch: Fetch, row: Row, found: dict[PageKey, PageHandle], cancellable: bool

@@ -20,7 +20,7 @@ from .client_memory import ClientMemory, PageHandle
 from .client_rows import PrivatePages, Row, RowTable
 from .fetch_plan import Share
 from .hedge import Hedging
-from .page import page_checksums
+from .page import has_checksums
 from .store_link import Copy, StoreLink
 from .store_pool import Counters, StorePool
 from .transport import ReplyStream
@@ -191,8 +191,8 @@ class ShareReader:
         if copy.recipe != parts.recipe:
             fault = "wrong_recipe"
         else:
-            actual = page_checksums(parts.memory.page(memory, slot), parts.memory.geometry)
-            if np.array_equal(actual, copy.checksums):
+            page = parts.memory.page(memory, slot)
+            if has_checksums(page, parts.memory.geometry, copy.checksums):
                 return True
         parts.counters.add(corrupt_detected=1)
         self._sink.bad(run, key, fault)

@@ -75,7 +75,7 @@ class PageStorer:
         held = self._held_elsewhere(key, ranked[1 : self._replicas + 1], row)
         if held is not None and not np.array_equal(held.checksums, checksums):
             self._counters.add(mismatched_duplicates=1)
-            page, checksums = self._bytes_of(held), held.checksums
+            page, checksums = self._memory.page_of(held), held.checksums
         n_copies, error = 0, None
         for link in ranked:
             if n_copies == self._replicas:
@@ -113,9 +113,6 @@ class PageStorer:
                 logger.info("not asked whether it holds a page: %s", exc.message)
         return None
 
-    def _bytes_of(self, handle: PageHandle) -> Bytes:
-        return self._memory.page(handle.memory, self._memory.slot_of(handle))
-
     def _store_at(
         self,
         link: StoreLink,
@@ -142,7 +139,7 @@ class PageStorer:
             handle = self._loader.fetch_private(link, key, row)
             if handle is None:
                 return None
-            return self._bytes_of(handle)
+            return self._memory.page_of(handle)
         if self._loader.verify(copy.memory, copy.slot, copy.checksums):
             return self._memory.page(copy.memory, copy.slot)
         link.report_corrupt(key)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..core.page_key import PageKey
+from .pacing import TokenBucket
 from .page_checks import BadCopy, read_checked
 from .shard import StoreShard
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
 BURST_S = 0.05
-"""Sleeps shorter than this are saved up."""
+"""So much of a second's bytes may be read at once."""
 
 
 class Scrubber:
@@ -120,16 +121,14 @@ class Scrubber:
         started_s = time.monotonic()
         with self._lock:
             keys = self._shard.keys_after(None)
-        n_bytes = 0
+        budget = TokenBucket(self._bytes_per_s, BURST_S) if self._bytes_per_s else None
         for key in keys:
             bad = self.check(key)
             self._n_checked += 1
             self._n_bad += len(bad)
-            n_bytes += self._shard.slots.geometry.page_nbytes
-            if self._bytes_per_s:
-                ahead_s = n_bytes / self._bytes_per_s - (time.monotonic() - started_s)
-                if ahead_s > BURST_S:
-                    time.sleep(min(ahead_s, 1.0))
+            if budget is not None:
+                page_nbytes = self._shard.slots.geometry.page_nbytes
+                time.sleep(min(budget.take(page_nbytes, time.monotonic()), 1.0))
             if self._closing:
                 return
         self._last_round_s = time.monotonic() - started_s

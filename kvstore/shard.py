@@ -21,7 +21,7 @@ from .arena import Arena
 from .disk import DiskTier
 from .disk_index import DiskIndex
 from .leases import Leases, OpenWrite
-from .page import Checksums, page_checksums
+from .page import Checksums, has_checksums, page_checksums
 from .page_checks import BadCopy
 from .page_slots import PageSlots
 from .page_table import HeldPage, PageTable
@@ -200,8 +200,7 @@ class StoreShard:
 
     def is_intact(self, page: HeldPage) -> bool:
         """Raises OSError if the page is on a disk that fails."""
-        actual = page_checksums(self.slots.read(page.slot), self.slots.geometry)
-        return bool(np.array_equal(actual, page.checksums))
+        return has_checksums(self.slots.read(page.slot), self.slots.geometry, page.checksums)
 
     def begin_check(self, key: PageKey) -> HeldPage | None:
         """The page, with its copies kept in place until `end_check`, readers or not."""

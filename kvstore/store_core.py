@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..core.clock import Clock
 from ..core.store_config import StoreConfig
-from .arena import Arena, sweep
+from .arena import Arena, file_stem, sweep
 from .disk import LOCK_TIMEOUT_S, DiskTier
 from .disk_index import DiskIndex
 from .mover import Mover
@@ -44,7 +44,7 @@ class StoreCore:
         try:
             if config.disk_dir is not None:
                 # absolute: workers are told the path, and may live in another directory
-                stem = Path(config.disk_dir).expanduser().absolute() / _safe(store_id)
+                stem = Path(config.disk_dir).expanduser().absolute() / file_stem(store_id)
                 self.disk, index = _open_disk(stem, geometry, config.disk_bytes)
         except BaseException:
             self.arena.close()
@@ -93,10 +93,6 @@ class StoreCore:
         if self.disk is not None:
             self.disk.close()
         self.arena.close()
-
-
-def _safe(store_id: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in store_id)
 
 
 def _open_disk(stem: Path, geometry: PageGeometry, n_bytes: int) -> tuple[DiskTier, DiskIndex]:

@@ -186,7 +186,7 @@ class Engine:
         except StoreFull as full:
             # the row that came last gives up its pages and waits its turn; the others take this step again
             running = [r for r in self._rows.values() if r.state is not RowState.QUEUED]
-            self._fail(max(running, key=lambda r: r.order), full)
+            self._fail(max([*rows, *running], key=lambda r: r.order), full)
         except NumericalError as error:
             # the error names its row; the others have lost nothing and take this step again
             for row in rows:

@@ -15,7 +15,7 @@ from ..core.errors import BankTooSmall, ConfigError
 from ..kernels.gpu_bank import DeviceBank
 from ..kernels.gpu_ops import forget
 from ..kernels.gpu_pages import DevicePages
-from ..kvstore.page import Bytes, PageGeometry, page_checksums
+from ..kvstore.page import Bytes, PageGeometry, has_checksums
 from ..kvstore.page_client import PageClient, PageHandle
 from .bank import TORCH_DTYPE
 from .local_pages import LocalPages
@@ -217,7 +217,7 @@ class GpuMemory:
     def _intact(self, handle: PageHandle) -> bool:
         assert self._client is not None
         page = self._client.memories[handle.memory][self._bytes_of(handle)]
-        return np.array_equal(page_checksums(page, self.geometry), handle.checksums)
+        return has_checksums(page, self.geometry, handle.checksums)
 
     def _bytes_of(self, handle: PageHandle) -> slice:
         """Where a page lies in its memory."""
