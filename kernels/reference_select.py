@@ -95,23 +95,24 @@ def search_scores(
     table = torch.einsum("gtd,cnsd->gcnst", pooled, rotated).amax(dim=-1)  # [G, C, chunk, side]
     sizes = (tokens >= 0).sum(dim=1)
     scores = torch.empty(q.shape[0], tokens.shape[0])
+    numbers, paper = table.tolist(), stage.variant == "paper"
     for g in range(q.shape[0]):
-        for c, size in enumerate(sizes.tolist()):
-            scores[g, c] = _descend(table[g, c], size, stage.variant == "paper")
+        found = [_descend(numbers[g][c], size, paper) for c, size in enumerate(sizes.tolist())]
+        scores[g] = torch.tensor(found)
     return scores
 
 
-def _descend(table: Tensor, size: int, paper: bool) -> float:
+def _descend(table: list[list[float]], size: int, paper: bool) -> float:
     left, right, best = 0, size, -torch.inf
     while right - left > 1:
         middle = (left + right) // 2
         left_probe, right_probe = (left + middle) // 2, (middle + right) // 2
         if paper:
             left_probe, right_probe = left, middle
-        on_left, on_right = float(table[left_probe, 0]), float(table[right_probe, 1])
+        on_left, on_right = table[left_probe][0], table[right_probe][1]
         best = max(best, on_left, on_right)
         left, right = (left, middle) if on_left > on_right else (middle, right)
-    return float(table[left, 1]) if paper or size == 1 else best
+    return table[left][1] if paper or size == 1 else best
 
 
 def summary_scores(
