@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,8 @@ def measure_sdpa(
 
 def measure_rates(geometry: Geometry, flat: Tensor, scale: Scale, n_threads: int) -> Iterator[Row]:
     """GB/s of attention alone, rotation at load included: every block of adjacent pages, and some blocks
-    of 8 tokens all over shuffled pages. Leaves n_threads as it was."""
+    of 8 tokens all over shuffled pages; then of torch's sum over as many bytes, which shows what the
+    machine's memory gives. Leaves n_threads as it was."""
     n_tokens, n_steps = scale.rate_tokens, scale.least
     for order, chunk, length in (("in order", 64, n_tokens), ("random", 8, 8 * n_tokens)):
         stages = (Stage(chunk=chunk, keep=n_tokens),)
@@ -199,13 +200,23 @@ def measure_rates(geometry: Geometry, flat: Tensor, scale: Scale, n_threads: int
         planned = [(step, attention.plan(step, attention.select(step))) for step in steps]
         n_bytes = attended_keys(policy, geometry, *planned[0])
         n_bytes *= 2 * geometry.head_dim * flat.dtype.itemsize
-        for n in sorted({1, n_threads}):
-            use_threads(n)
-            times = repeated(attention.attend, planned, 3)
-            use_threads(n_threads)
-            took = summary_us(times)
-            rate = {of: round(n_bytes / took[f"{of}_us"] / 1e3, 2) for of in ("best", "median")}
-            yield {"order": order, "threads": n, "bytes": n_bytes, **took, "gb_per_s": rate}
+        yield from _rates(order, attention.attend, planned, n_bytes, n_threads)
+    floats = flat.view(torch.float32)
+    pieces = [(piece,) for piece in floats.split(n_bytes // 4)[: scale.least]]
+    yield from _rates("plain read", torch.sum, pieces, n_bytes, n_threads)
+
+
+def _rates(
+    order: str, call: Callable[..., Any], items: Sequence[Any], n_bytes: int, n_threads: int
+) -> Iterator[Row]:
+    """A row by one thread and one by all; each call reads n_bytes."""
+    for n in sorted({1, n_threads}):
+        use_threads(n)
+        times = repeated(call, items, 3)
+        use_threads(n_threads)
+        took = summary_us(times)
+        rate = {of: round(n_bytes / took[f"{of}_us"] / 1e3, 2) for of in ("best", "median")}
+        yield {"order": order, "threads": n, "bytes": n_bytes, **took, "gb_per_s": rate}
 
 
 class Bench:

@@ -10,6 +10,7 @@ Ordinary tokens never see a bookmark. It takes the position of the last token be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,8 @@ def attend_own_page(
     logits = grouped @ keys.transpose(-1, -2) * scale
     missing = where < n_page - n_tokens[:, None]
     logits[..., :n_page].masked_fill_(missing[:, None, None], -torch.inf)
-    return (logits.softmax(dim=-1) @ values).reshape(n, n_heads, dim)
+    mixed: Tensor = logits.softmax(dim=-1) @ values
+    return mixed.reshape(n, n_heads, dim)
 
 
 def run_bookmarks(
@@ -168,6 +170,6 @@ def bookmark_scores(queries: Tensor, keys: Tensor, *, per_kv_head: bool = False)
     grouped = queries.unflatten(-2, (n_kv_heads, n_heads // n_kv_heads)).sum(dim=-2)
     if per_kv_head:
         by_head: Tensor = grouped.transpose(-2, -3) @ keys.transpose(-2, -3).transpose(-1, -2)
-        return by_head / (dim**0.5 * (n_heads // n_kv_heads))
+        return by_head / (math.sqrt(dim) * (n_heads // n_kv_heads))
     summed: Tensor = grouped.flatten(-2) @ keys.flatten(-2).transpose(-1, -2)
-    return summed / (dim**0.5 * n_heads)
+    return summed / (math.sqrt(dim) * n_heads)

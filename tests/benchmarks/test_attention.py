@@ -227,7 +227,8 @@ def test_a_quick_run_measures_every_geometry_context_and_policy(
         ("SDPA float32", 1),
         ("SDPA float32", 64),
     }
-    assert [row["order"] for row in result["rates"]] == ["in order", "random"]
+    assert [row["order"] for row in result["rates"]] == ["in order", "random", "plain read"]
+    assert len({row["bytes"] for row in result["rates"] if row["order"] != "in order"}) == 1
     printed = capsys.readouterr().out
     for title in (
         "median µs per layer",
