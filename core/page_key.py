@@ -16,7 +16,7 @@ PageKey = NewType("PageKey", bytes)
 RecipeFingerprint = NewType("RecipeFingerprint", bytes)
 
 ROOT_KEY = PageKey(bytes(32))
-KERNEL_REVISION = 3
+KERNEL_REVISION = 4
 """Raised whenever a kernel change may alter the bits of computed KV."""
 
 

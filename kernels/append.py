@@ -22,13 +22,14 @@ def append_tokens(
 ) -> int:
     """Store tokens in pages, rounding to nearest even.
 
-    leaves: [n_slots, 2, page_tokens, D] in the KV dtype (int8: D + 4), contiguous; slots: int64
+    leaves: [n_slots, 2, page_tokens, stored items] in the KV dtype, contiguous; slots: int64
     [Hkv, T], offsets: int64 [T], where each token goes; k, v: [Hkv, T, D] float32.
     Returns the first token with a number that is not finite once stored, or -1; the others are stored.
     """
     dtype = leaves.dtype
     if cpu_append is not None and dtype in KINDS and leaves.is_contiguous():
-        raw = leaves.view(RAW[dtype]).numpy()
+        # one compiled variant for all formats of bytes
+        raw = leaves.view(torch.int8 if leaves.itemsize == 1 else RAW[dtype]).numpy()
         most = np.float32(MOST_OF[dtype])
         # contiguous, so that there is one compiled variant
         arrays = (np.ascontiguousarray(x) for x in (slots, offsets, k.detach(), v.detach()))

@@ -15,6 +15,7 @@ from numba.core import types
 from .cpu_compile import compiled
 from .cpu_ir import F32, intrinsic
 from .cpu_memory import bytes_at, floats_at, shorts_at, words_at
+from .cpu_pages import FLOAT8, INT8
 
 _I16 = ir.IntType(16)
 
@@ -49,7 +50,7 @@ def _as_float(typing: Any, x: Any) -> Any:
 def append(raw, kind, slots, offsets, k, v, most):
     """Write tokens; returns the first token that holds a number which is not finite once stored, or -1.
 
-    raw: the bank's layer as integers of an element's size, [n_slots, 2, page_tokens, D or D + 4]; kind:
+    raw: the bank's layer as signed integers of an element's size, [n_slots, 2, page_tokens, row]; kind:
     number in `cpu_pages.KINDS`; slots: int64 [Hkv, T]; offsets: int64 [T]; k, v: float32 [Hkv, T, D];
     most: the largest number the format holds.
     """
@@ -73,7 +74,7 @@ def append_row(dst, kind, src, head_dim, most):
         return _store(carray(words_at(dst), (head_dim,)), kind, x, head_dim, most)
     if kind < 3:
         return _store(carray(shorts_at(dst), (head_dim,)), kind, x, head_dim, most)
-    return _store_int8(carray(bytes_at(dst), (head_dim + 4,)), x, head_dim, most)
+    return _store(carray(bytes_at(dst), (head_dim + 4,)), kind, x, head_dim, most)
 
 
 @compiled
@@ -94,29 +95,59 @@ def _store(row, kind, x, head_dim, most):
             even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
             row[d] = np.int16((bits + even) >> np.uint32(16)) if x[d] == x[d] else np.int16(0x7FC0)
             good &= abs(x[d]) <= most
+    elif kind == FLOAT8:
+        for d in range(head_dim):
+            row[d] = _float8_bits(x[d], most)
+            good &= abs(x[d]) <= most
     else:
-        good = _store_int8(row, x, head_dim, most)
+        good = _store_whole(row, kind, x, head_dim, most)
     return good
 
 
 @compiled
-def _store_int8(row, x, head_dim, most):
-    """As `paged.pack_int8`: whole numbers, then the four bytes of the scale."""
+def _float8_bits(x, most):
+    """A float32 as e4m3, round to nearest even; NaN for what is larger than `most`."""
+    bits = np.uint32(_float_bits(x))
+    sign, size = (bits >> np.uint32(24)) & np.uint32(0x80), abs(x)
+    if not size <= most:
+        code = np.uint32(0x7F)
+    elif size < np.float32(2.0**-6):  # no normal number: multiples of 2 ** -9
+        code = np.uint32(np.rint(size * np.float32(2.0**9)))
+    else:
+        even = np.uint32(0x7FFFF) + ((bits >> np.uint32(20)) & np.uint32(1))
+        # exponents are counted from -7, not from -127
+        code = (((bits & np.uint32(0x7FFFFFFF)) + even) >> np.uint32(20)) - np.uint32(120 << 3)
+    return np.int8(code | sign)
+
+
+@compiled
+def _store_whole(row, kind, x, head_dim, most):
+    """As `paged.pack` of int8 and int4: whole numbers, then the four bytes of the scale."""
     good = True
     top = np.float32(0.0)
     for d in range(head_dim):
         good &= abs(x[d]) <= most
         if abs(x[d]) > top:
             top = abs(x[d])
-    scale = top / np.float32(127.0)
+    limit = np.float32(127.0) if kind == INT8 else np.float32(7.0)
+    scale = top / limit
     least = max(scale, np.float32(1.1754943508222875e-38))
-    for d in range(head_dim):
-        row[d] = (
-            np.int8(min(max(np.rint(x[d] / least), np.float32(-127.0)), np.float32(127.0)))
-            if good
-            else np.int8(0)
-        )
+    if kind == INT8:
+        n_bytes = head_dim
+        for d in range(head_dim):
+            row[d] = np.int8(_whole(x[d], least, limit)) if good else np.int8(0)
+    else:
+        n_bytes = head_dim // 2
+        for d in range(n_bytes):
+            low = _whole(x[d], least, limit) + 8 if good else 8
+            high = _whole(x[d + n_bytes], least, limit) + 8 if good else 8
+            row[d] = np.int8(low | (high << 4))
     bits = _float_bits(scale if good else np.float32(np.nan))
     for i in range(4):
-        row[head_dim + i] = np.int8((bits >> (8 * i)) & 0xFF)
+        row[n_bytes + i] = np.int8((bits >> (8 * i)) & 0xFF)
     return good
+
+
+@compiled
+def _whole(x, scale, limit):
+    return int(min(max(np.rint(x / scale), -limit), limit))

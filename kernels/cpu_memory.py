@@ -8,8 +8,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
+from .cpu_formats import KINDS, SCALED, WIDE, items_per_byte, load_pairs, load_stored
 from .cpu_ir import LANES, Emit, intrinsic
-from .cpu_stored import KINDS, WIDE, load_stored
 
 
 def _void(n_args: int) -> Any:
@@ -20,31 +20,33 @@ def _load(kind: str, rotated: bool) -> Any:
     """One stored row as float32 at dst, rotated or not. n: elements (or pairs), multiple of 8."""
     wide = WIDE
 
-    def reader(e: Emit, src: Any, n_bytes: Any) -> Callable[[Any], Any]:
-        """Floats from element `at` on. An int8 row ends with its scale, after n_bytes."""
-        if kind != "int8":
-            return lambda at: load_stored(e, kind, src, at)
+    def scaler(e: Emit, src: Any, half: Any) -> Callable[[Any], Any]:
+        """Multiplies by the scale of a row of 2 * half elements, if it has one."""
+        if kind not in SCALED:
+            return lambda x: x
+        n_bytes = e.b.mul(half, e.index(2 // items_per_byte(kind)))
         scale = e.b.load(e.pointer(e.b.add(src, n_bytes), e.index(0)), align=1)
         scales = e.splat(scale, wide)
-        return lambda at: e.b.fmul(load_stored(e, kind, src, at), scales)
+        return lambda x: e.b.fmul(x, scales)
 
     def copy(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dst, src, n = args
         e = Emit(builder)
-        read = reader(e, src, n)
+        half = builder.udiv(n, e.index(2))
+        scaled = scaler(e, src, half)
         with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
             at = builder.mul(loop.index, e.index(8))
-            e.store(read(at), dst, at, wide)
+            e.store(scaled(load_stored(e, kind, src, at, half)), dst, at, wide)
         return context.get_dummy_value()
 
     def rotate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         dst, src, n, cos, sin = args
         e = Emit(builder)
-        read = reader(e, src, builder.mul(n, e.index(2)))
+        scaled = scaler(e, src, n)
         with cgutils.for_range(builder, builder.udiv(n, e.index(8))) as loop:
             at = builder.mul(loop.index, e.index(8))
             above = builder.add(at, n)
-            first, second = read(at), read(above)
+            first, second = (scaled(x) for x in load_pairs(e, kind, src, at, n))
             c = builder.load(e.pointer(cos, at, wide), align=4)
             s = builder.load(e.pointer(sin, at, wide), align=4)
             minus = builder.fneg(builder.fmul(second, s))
@@ -65,8 +67,12 @@ def _load(kind: str, rotated: bool) -> Any:
     return intrinsic(load)
 
 
-load_float32, load_float16, load_bfloat16, load_int8 = (_load(kind, False) for kind in KINDS)
-rotate_float32, rotate_float16, rotate_bfloat16, rotate_int8 = (_load(k, True) for k in KINDS)
+(load_float32, load_float16, load_bfloat16, load_int8, load_float8, load_int4) = (
+    _load(kind, False) for kind in KINDS
+)
+(rotate_float32, rotate_float16, rotate_bfloat16, rotate_int8, rotate_float8, rotate_int4) = (
+    _load(kind, True) for kind in KINDS
+)
 
 
 @intrinsic

@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_compile import compiled
+from .cpu_formats import KINDS, LANES
 from .cpu_memory import peek, peek_float, rotate_float32
 from .cpu_pages import (
     KEY,
@@ -28,7 +29,7 @@ from .cpu_pages import (
 )
 from .cpu_query_book import COARSE_COS, COARSE_SIN, COS, EXACT, N_KV_HEADS, PAGES, Q_START, SIN
 from .cpu_softmax import finish
-from .cpu_stored import KINDS, LANES, RUN_WORDS, dots, softmax_tile, tile_heads, tile_width, weigh
+from .cpu_stored import RUN_WORDS, dots, softmax_tile, tile_heads, tile_width, weigh
 from .segments import FIXED, HEADS, KIND, N_RUNS, RENUMBERED, RUN_TOKENS, RUNS_AT
 from .segments import KINDS as SEGMENT_KINDS
 
@@ -43,7 +44,7 @@ NEAR_BYTES = 2048
 """How many runs ahead keys and values are asked for, and how much of each; the machine's own read-ahead
 finds the rest of a long run."""
 _WINDOW = SEGMENT_KINDS.index("window")
-_INT8 = KINDS.index("int8")
+_INT8, _INT4 = KINDS.index("int8"), KINDS.index("int4")
 
 
 @compiled
@@ -218,8 +219,9 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
         at_s = address(logits) + 4 * first
         at_top = address(floats) + 4 * at_ends
         softmax_tile(at_s, n_keys, width, at_top, at_top + 4 * LANES)
-        if kind == _INT8:
-            _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found)
+        if kind in (_INT8, _INT4):
+            n_bytes = head_dim if kind == _INT8 else head_dim // 2
+            _scale_weights(first, width, begin, end, row_bytes, n_bytes, logits, found)
         for i in range(m * head_dim):
             floats[group * head_dim + i] = 0.0
         r, done = begin, 0
@@ -242,11 +244,11 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
 
 
 @compiled
-def _scale_weights(first, width, begin, end, row_bytes, head_dim, logits, found):
-    """int8 values: their scales go into the weights."""
+def _scale_weights(first, width, begin, end, row_bytes, n_bytes, logits, found):
+    """Values that end with a scale after n_bytes: it goes into the weights."""
     n = first
     for r in range(begin, end):
-        at = found[r, 0] + head_dim
+        at = found[r, 0] + n_bytes
         for _ in range(found[r, 1]):
             scale = peek_float(at)
             for w in range(width):

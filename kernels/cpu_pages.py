@@ -11,24 +11,38 @@ import numpy as np
 import torch
 
 from .cpu_compile import compiled
+from .cpu_formats import KINDS as _KINDS
 from .cpu_memory import (
     join_angles,
     load_bfloat16,
+    load_float8,
     load_float16,
     load_float32,
+    load_int4,
     load_int8,
     peek,
     prefetch,
     rotate_bfloat16,
+    rotate_float8,
     rotate_float16,
     rotate_float32,
+    rotate_int4,
     rotate_int8,
     zero_float32,
 )
 from .paged import PagedKV
 from .rope import FINE, TABLE_LIMIT, Rope
 
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+    "int4": torch.uint8,
+}
+KINDS = {_DTYPES[kind]: i for i, kind in enumerate(_KINDS)}
+INT8, FLOAT8, INT4 = (KINDS[_DTYPES[kind]] for kind in ("int8", "float8", "int4"))
 KEY, VALUE = 0, 1
 
 
@@ -167,8 +181,12 @@ def load_kind(dst, src, n, kind):
         load_float16(dst, src, n)
     elif kind == 2:
         load_bfloat16(dst, src, n)
-    else:
+    elif kind == INT8:
         load_int8(dst, src, n)
+    elif kind == FLOAT8:
+        load_float8(dst, src, n)
+    else:
+        load_int4(dst, src, n)
 
 
 @compiled
@@ -182,8 +200,12 @@ def load_rotated(dst, src, book, cos, sin, position):
         rotate_float16(dst, src, half, cos + offset, sin + offset)
     elif kind == 2:
         rotate_bfloat16(dst, src, half, cos + offset, sin + offset)
-    else:
+    elif kind == INT8:
         rotate_int8(dst, src, half, cos + offset, sin + offset)
+    elif kind == FLOAT8:
+        rotate_float8(dst, src, half, cos + offset, sin + offset)
+    else:
+        rotate_int4(dst, src, half, cos + offset, sin + offset)
 
 
 @compiled

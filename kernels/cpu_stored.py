@@ -14,12 +14,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .cpu_compile import compiled
-from .cpu_ir import F32, I32, I64, Emit, intrinsic
+from .cpu_formats import KINDS, LANES, SCALED, WIDE, items_per_byte, load_pairs, load_stored
+from .cpu_ir import I32, I64, Emit, intrinsic
 
-LANES = 8
-WIDE = ir.VectorType(F32, LANES)
-KINDS = ("float32", "float16", "bfloat16", "int8")
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 HEADS = (1, 2, 3, 4)
 """Heads of a tile."""
 RUN_WORDS = 6
@@ -36,20 +33,6 @@ tile_width = compiled(width_of)
 
 def _void(n_args: int) -> Any:
     return types.void(*(types.int64,) * n_args)
-
-
-def load_stored(e: Emit, kind: str, row: Any, at: Any) -> Any:
-    """Eight stored elements as floats; int8 without its scale."""
-    if kind == "float32":
-        return e.b.load(e.pointer(row, at, WIDE), align=4)
-    if kind == "int8":
-        raw = e.b.load(e.pointer(row, at, ir.VectorType(ir.IntType(8), LANES), 1), align=1)
-        return e.b.sitofp(e.b.sext(raw, ir.VectorType(I32, LANES)), WIDE)
-    raw = e.b.load(e.pointer(row, at, ir.VectorType(ir.IntType(16), LANES), 2), align=2)
-    if kind == "float16":
-        return e.b.fpext(e.b.bitcast(raw, ir.VectorType(ir.HalfType(), LANES)), WIDE)
-    ints = ir.VectorType(I32, LANES)
-    return e.b.bitcast(e.b.shl(e.b.zext(raw, ints), ir.Constant(ints, [16] * LANES)), WIDE)
 
 
 def _shuffle(e: Emit, x: Any, y: Any, lanes: Sequence[int]) -> Any:
@@ -92,7 +75,8 @@ def _plain_dots(kind: str, n_heads: int) -> Any:
                 builder.store(e.const(0.0, WIDE), total)
             with cgutils.for_range(builder, builder.udiv(n_dims, e.index(LANES))) as part:
                 at = builder.mul(part.index, e.index(LANES))
-                values = [load_stored(e, kind, row, at) for row in rows]
+                # only kinds of summaries, which have no use for half a row
+                values = [load_stored(e, kind, row, at, at) for row in rows]
                 for h in range(n_heads):
                     where = builder.add(builder.mul(n_dims, e.index(h)), at)
                     query = builder.load(e.pointer(q, where, WIDE), align=4)
@@ -141,7 +125,7 @@ def _dots(kind: str, n_heads: int) -> Any:
                 above = builder.add(at, half)
                 rotated = []
                 for row, angle in zip(rows, angles, strict=True):
-                    first, second = load_stored(e, kind, row, at), load_stored(e, kind, row, above)
+                    first, second = load_pairs(e, kind, row, at, half)
                     where = builder.add(angle, at)
                     c = builder.load(e.pointer(cos, where, WIDE), align=4)
                     s = builder.load(e.pointer(sin, where, WIDE), align=4)
@@ -162,9 +146,9 @@ def _dots(kind: str, n_heads: int) -> Any:
                 parts += [builder.load(total) for total in sums[t * n_heads : (t + 1) * n_heads]]
                 parts += [e.const(0.0, WIDE)] * (width - n_heads)
             result = _sums(e, parts)
-            if kind == "int8":
+            if kind in SCALED:
                 scales = ir.Constant(WIDE, ir.Undefined)
-                n_bytes = builder.mul(half, e.index(2))
+                n_bytes = builder.mul(half, e.index(2 // items_per_byte(kind)))
                 for t, row in enumerate(rows):
                     scale = builder.load(e.pointer(builder.add(row, n_bytes), e.index(0)), align=1)
                     for h in range(width):
@@ -190,6 +174,7 @@ def _weigh(kind: str, n_heads: int) -> Any:
         e = Emit(builder)
         sums = [cgutils.alloca_once(builder, WIDE) for _ in range(2 * n_heads)]
         place = cgutils.alloca_once(builder, I64)
+        half = builder.udiv(n_dims, e.index(2))
         with cgutils.for_range(builder, builder.udiv(n_dims, e.index(2 * LANES))) as part:
             at = builder.mul(part.index, e.index(2 * LANES))
             above = builder.add(at, e.index(LANES))
@@ -207,7 +192,8 @@ def _weigh(kind: str, n_heads: int) -> Any:
                 n_rows = builder.load(e.pointer(runs, builder.add(entry, e.index(1)), I64, 8))
                 with cgutils.for_range(builder, n_rows) as key:
                     row = builder.add(first, builder.mul(key.index, row_bytes))
-                    low, high = load_stored(e, kind, row, at), load_stored(e, kind, row, above)
+                    low = load_stored(e, kind, row, at, half)
+                    high = load_stored(e, kind, row, above, half)
                     here = builder.load(place)
                     for h in range(n_heads):
                         weight = e.splat(e.scalar(here, e.index(h)), WIDE)

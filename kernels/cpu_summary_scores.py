@@ -13,11 +13,11 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_compile import compiled
+from .cpu_formats import LANES as WIDTH
 from .cpu_ir import LANES
 from .cpu_memory import peek, rotate_float32, split_signs, turn_tile
 from .cpu_page_summaries import summarise_run
 from .cpu_pages import KEY, address, distance_angles, load_kind, prefetch_bytes
-from .cpu_stored import LANES as WIDTH
 from .cpu_stored import plain_dots, tile_heads, tile_width
 from .cpu_summary_shares import few_ends, few_shares, many_ends, many_shares, merge_ends
 from .cpu_tiles import ROWS, max_dot_6, tile_6

@@ -76,6 +76,19 @@ def test_numbers_beyond_float16_are_bad_there_alone():
             assert store(empty(dtype, 16), *place(1, 2), k, k) == wrong
 
 
+def test_float8_rounds_as_torch_does_everywhere():
+    codes = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
+    between = (codes[1:] + codes[:-1]) / 2
+    near = torch.cat((between, between * (1 + 2.0**-20), between * (1 - 2.0**-20), codes))
+    x = torch.cat((near, -near, torch.randn(4096) * 1e-2))
+    x = torch.nn.functional.pad(x, (0, -len(x) % 16)).view(1, -1, 16)
+    leaves = torch.zeros(-(-x.shape[1] // 16), 2, 16, 16, dtype=FLOAT8)
+    token = np.arange(x.shape[1])
+    assert append_tokens(leaves, token[None] // 16, token % 16, x, x) == -1
+    stored = leaves[:, 0].reshape(-1, 16)[: x.shape[1]]
+    assert torch.equal(stored.view(torch.uint8), x[0].to(FLOAT8).view(torch.uint8))
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 127), (INT4, 7)])
 def test_the_error_of_whole_numbers_is_half_a_step(dtype, most):
     x = torch.randn(50, 64)

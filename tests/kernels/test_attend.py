@@ -22,6 +22,7 @@ from longreach.kernels.ops import (
     select_blocks,
 )
 
+FLOAT8, INT4 = torch.float8_e4m3fn, torch.uint8
 STAGES = (Stage(chunk=64, keep=512), Stage(chunk=8, keep=136))
 
 
@@ -53,6 +54,11 @@ def run(
         (torch.float16, 6, 128, 16, 1),
         (torch.int8, 3, 64, 64, 1),
         (torch.int8, 5, 80, 32, 17),
+        (FLOAT8, 3, 64, 64, 1),
+        (FLOAT8, 2, 80, 16, 13),
+        (INT4, 3, 64, 64, 1),
+        (INT4, 6, 80, 16, 1),
+        (INT4, 5, 128, 32, 17),
         (torch.float32, 5, 24, 64, 3),  # a head size that the fast path leaves to torch
     ],
 )

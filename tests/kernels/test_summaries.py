@@ -9,6 +9,7 @@ import torch
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
 from longreach.kernels import summaries
+from longreach.kernels.paged import unpack
 from longreach.kernels.summaries import (
     check_tables,
     fill_table,
@@ -29,7 +30,10 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.uint8],
+)
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_both_paths_make_what_the_keys_say(paged, monkeypatch, name, dtype, head_dim):
     kind, chunk, spread = name
@@ -55,6 +59,23 @@ def test_both_paths_make_what_the_keys_say(paged, monkeypatch, name, dtype, head
             torch.testing.assert_close(got[:, 0], mean)
         if kind == "tail":
             torch.testing.assert_close(got[:, 1], v[:, first : first + chunk].mean(dim=1))
+
+
+def test_every_code_of_a_byte_is_read_as_torch_does(paged):
+    """A mean of one token is what is stored there."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    view, _, _ = paged(*torch.randn(2, 1, 64, 32).unbind(0), 64, torch.float8_e4m3fn)
+    view.memories[0].view(torch.uint8)[view.row[0, 0], 0, :8] = codes.view(8, 32)
+    rows = page_summaries(("mean", 1, 1.0), view, 0, 1)[0, 0, :8, 0].reshape(256)
+    assert torch.equal(
+        rows.nan_to_num(1e6), codes.view(torch.float8_e4m3fn).float().nan_to_num(1e6)
+    )
+    view, _, _ = paged(*torch.randn(2, 1, 64, 32).unbind(0), 64, torch.uint8)
+    leaf = view.memories[0][view.row[0, 0], 0]
+    leaf[:16, :16] = codes.view(16, 16)
+    rows = page_summaries(("mean", 1, 1.0), view, 0, 1)[0, 0, :, 0]
+    assert torch.equal(rows[:16], unpack(leaf[:16]))
+    assert len(rows[0].unique()) == 16
 
 
 @pytest.mark.parametrize("name", NAMES)

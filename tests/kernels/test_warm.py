@@ -50,7 +50,8 @@ def test_requests_use_what_the_warm_up_compiled(paged, rope, threads):
     warm_up()
     before = [len(worker.signatures) for worker in WORKERS]
     assert min(before) >= 1
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+    small = (torch.int8, torch.float8_e4m3fn, torch.uint8)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, *small):
         view, _, _ = paged(*torch.randn(2, 2, 900, 64), 64, dtype, n_memories=2)
         k = torch.randn(30, 2, 64).transpose(0, 1)
         slots, offsets = np.arange(2)[:, None].repeat(30, axis=1), np.arange(30)

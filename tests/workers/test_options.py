@@ -85,7 +85,7 @@ def test_nothing_outside_a_row_changes_its_tokens(config: Any, llama: Path, tmp_
     assert rows[0]["stats"]["bank_misses"] > 0
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "int8", "float8", "int4"])
 def test_a_restart_and_a_replay_change_nothing(config: Any, tmp_path: Path, kv_dtype: str) -> None:
     (prompt,) = prompts_of(1500)
     settings = config(f"cache.kv_dtype={kv_dtype}", "cache.device_pages=24")
