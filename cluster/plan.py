@@ -164,6 +164,7 @@ def plan_rows(
         plan.largest_row_pages = max(plan.largest_row_pages, n_pages)
     n_workers = config.worker.count
     plan.device_bytes = min(plan.device_pages, plan.n_pages) * geometry.page_nbytes
+    plan.device_bytes += min(plan.n_rows, config.worker.max_rows) * geometry.open_nbytes
     plan.store_bytes = plan.n_pages * geometry.page_nbytes * n_copies(config)
     arena, disk, held = (n * geometry.page_nbytes for n in store_slots(config, geometry))
     plan.arena_capacity_bytes, plan.disk_capacity_bytes, plan.store_capacity_bytes = (

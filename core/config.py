@@ -12,11 +12,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 from .fault_config import FaultsConfig
+from .kv_format import KvDtype, format_problem
 from .section import Section
 from .stage import QUERY_BLOCK, LayerPolicy, question_start
 from .store_config import StoreConfig
-
-KvDtype = Literal["float32", "float16", "bfloat16", "int8", "float8", "int4"]
 
 
 class ModelConfig(Section):
@@ -66,7 +65,9 @@ class CacheConfig(Section):
     """Tokens per page; a multiple of 64 where any layer prunes."""
     kv_dtype: KvDtype = "float32"
     """Storage format of K and V; rounded once, when appended. `int8` and `int4` have a scale per token and
-    head, `float8` (e4m3) has none."""
+    head, `float8` (e4m3) has none. `int4c` is 4 bits too: keys with a scale and an offset per channel of 64
+    tokens, values with a scale per 32 elements; a block of 64 tokens is rounded when it is full, and until
+    then, and for its own queries, as it was appended (float32). CPU only."""
     device_pages: int = Field(default=256, gt=0)
     """Pages (of all layers) that the device bank of attention holds; smaller means more passes."""
 
@@ -162,6 +163,9 @@ class Config(Section):
                 "memory that is pinned, which a file's is not; leave out the disk tier and raise "
                 "store.capacity_bytes"
             )
+        cache, policies = self.cache, self.attention.policies
+        if p := format_problem(cache.kv_dtype, self.model.device, cache.page_tokens, policies):
+            raise ValueError(p)
         if self.attention.sparse and self.cache.page_tokens % QUERY_BLOCK:
             raise ValueError(
                 f"cache.page_tokens ({self.cache.page_tokens}) must be a multiple of "

@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     tokenizer_fingerprint: str
     """Hash of the tokenizer files and of the chat template."""
     kv_dtype: str
-    """Storage format of K and V: float32, float16 or bfloat16."""
+    """Storage format of K and V, a name of `cache.kv_dtype`."""
     n_layers: int
     """Decoder layers."""
     n_kv_heads: int

@@ -24,6 +24,10 @@ _LAYERS = re.compile(r"all|rest|\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*", re.ASCII)
 QUERY_BLOCK = 64
 """Queries that share one selection; blocks are aligned to absolute positions (DESIGN 6.3)."""
 
+KV_BLOCK = QUERY_BLOCK
+"""Tokens whose keys `int4c` rounds together, when the last of them is there. Queries among them see all of
+them as appended, later ones as rounded: so no block of queries may straddle two of these."""
+
 QUESTION_TOKENS = 256
 """Most tokens at a prompt's end that count as its question."""
 
@@ -154,6 +158,11 @@ class LayerPolicy(BaseModel):
     @property
     def dense(self) -> bool:
         return not self.stages
+
+    @property
+    def selects_sealed(self) -> bool:
+        """Whether no query selects among keys of its own KV_BLOCK: they are inside its window."""
+        return self.dense or self.window - self.stages[0].chunk >= KV_BLOCK
 
     @functools.cached_property
     def refreshes(self) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class MassAudit:
         up to the query readable."""
         kv_head = self._head // (self._n_heads // view.n_kv_heads)
         mine = slice(kv_head, kv_head + 1)
-        one = replace(view, memory=view.memory[mine], row=view.row[mine])
+        one = view.of_heads(mine)
         if not self._lse:
             self._kept = self._attended(one, kv_head)
         segments = plan_dense(self._position, self._position + 1, view.page_tokens)

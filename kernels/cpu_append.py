@@ -21,7 +21,7 @@ _I16 = ir.IntType(16)
 
 
 @intrinsic
-def _half_bits(typing: Any, x: Any) -> Any:
+def half_bits(typing: Any, x: Any) -> Any:
     """A float32 as float16, round to nearest even: its bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -86,7 +86,7 @@ def _store(row, kind, x, head_dim, most):
             good &= abs(x[d]) <= most
     elif kind == 1:
         for d in range(head_dim):
-            row[d] = _half_bits(x[d])
+            row[d] = half_bits(x[d])
             good &= abs(x[d]) <= most
     elif kind == 2:
         for d in range(head_dim):

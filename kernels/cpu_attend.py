@@ -142,7 +142,6 @@ def _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, cos
     limit = n_tokens_of(book)
     if table[s, KIND] != _TAIL:
         limit = min(q_start + n_queries, limit)
-    to_value = value_offset(book) * (VALUE - KEY)
     row_bytes = 4 * keys.shape[1]
     at_key, at_value = address(keys), address(values)
     n = 0
@@ -164,8 +163,8 @@ def _gather(s, head, n_kv_heads, size, table, runs, key_starts, base, rules, cos
                 where = position
                 if not fixed:
                     where += n if renumbered else token - first_token
-                load_rotated(at_key, src, book, cos, sin, where)
-                load_row(at_value, src + to_value, book)
+                load_rotated(at_key, src, token, book, cos, sin, where)
+                load_row(at_value, src + value_offset(token, book), token, VALUE, book)
             n += 1
             at_key += row_bytes
             at_value += row_bytes

@@ -16,7 +16,7 @@ from .cpu_compile import compiled
 from .cpu_memory import floats_at, ints_at, load_float32, peek, poke, rotate_float32
 from .cpu_merge import merge_rows
 from .cpu_one_query import TOGETHER, partials
-from .cpu_pages import KEY, VALUE, address, kind_of, page_tokens_of, row_address, value_offset
+from .cpu_pages import KEY, address, kind_of, page_tokens_of, row_address, value_offset
 from .cpu_query_book import (
     APPEND_COUNTER,
     BASE,
@@ -125,7 +125,7 @@ def _append(at):
         if dst == 0:
             return False
         src = 4 * head * head_dim
-        kind, to_value = kind_of(book), value_offset(book) * (VALUE - KEY)
+        kind, to_value = kind_of(position, book), value_offset(position, book)
         good = append_row(dst, kind, peek(at, NEW_KEY) + src, head_dim, most)
         if (
             not append_row(dst + to_value, kind, peek(at, NEW_VALUE) + src, head_dim, most)

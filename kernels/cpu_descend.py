@@ -18,7 +18,7 @@ from .cpu_pages import (
     KEY,
     address,
     bytes_of_row,
-    is_float32,
+    kind_of,
     load_rotated,
     load_row,
     page_address,
@@ -53,13 +53,13 @@ def call_near(kv_head, starts, chunk, end, book):
 def _key_row(token, start, position, dst, kv_head, keys, cos, sin, book):
     """Address of a key as float32: in its page where it can be read as it is, else dst. 0 = absent."""
     src = page_address(token, KEY, kv_head, book)
-    if src == 0 or (keys == RAW and is_float32(book)):
+    if src == 0 or (keys == RAW and kind_of(token, book) == 0):
         return src
     if keys == RAW:
-        load_row(dst, src, book)
+        load_row(dst, src, token, KEY, book)
     else:
         offset = token - start if keys == PER_TOKEN else 0
-        load_rotated(dst, src, book, cos, sin, position + offset)
+        load_rotated(dst, src, token, book, cos, sin, position + offset)
     return dst
 
 

@@ -8,7 +8,16 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from .cpu_formats import KINDS, SCALED, WIDE, items_per_byte, load_pairs, load_stored
+from .cpu_formats import (
+    KINDS,
+    SCALED,
+    WIDE,
+    in_channels,
+    items_per_byte,
+    load_channels,
+    load_pairs,
+    load_stored,
+)
 from .cpu_ir import LANES, Emit, intrinsic
 
 
@@ -67,12 +76,32 @@ def _load(kind: str, rotated: bool) -> Any:
     return intrinsic(load)
 
 
-(load_float32, load_float16, load_bfloat16, load_int8, load_float8, load_int4) = (
+(load_float32, load_float16, load_bfloat16, load_int8, load_float8, load_int4, load_value) = (
     _load(kind, False) for kind in KINDS
 )
 (rotate_float32, rotate_float16, rotate_bfloat16, rotate_int8, rotate_float8, rotate_int4) = (
-    _load(kind, True) for kind in KINDS
+    _load(kind, True) for kind in KINDS[:-1]
 )
+"""load_value: a value of int4c; its keys need what ends their block, see below."""
+
+
+@intrinsic
+def load_key(typing: Any, dst: Any, src: Any, half: Any, table: Any) -> Any:
+    """One int4c key of 2 * half elements as float32; table: what ends its block."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dst, src, half, table = args
+        e = Emit(builder)
+        with cgutils.for_range(builder, builder.udiv(half, e.index(8))) as loop:
+            at = builder.mul(loop.index, e.index(8))
+            for codes, where in zip(
+                load_pairs(e, "int4c", src, at, half), (at, builder.add(at, half)), strict=True
+            ):
+                channels = load_channels(e, table, where, half)
+                e.store(in_channels(e, codes, channels), dst, where, WIDE)
+        return context.get_dummy_value()
+
+    return _void(4), codegen
 
 
 @intrinsic

@@ -12,19 +12,24 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_compile import compiled
-from .cpu_formats import KINDS, LANES
+from .cpu_formats import LANES
 from .cpu_memory import peek, peek_float, rotate_float32
 from .cpu_pages import (
+    INT4,
+    INT4C,
+    INT8,
     KEY,
     VALUE,
     address,
-    bytes_of_row,
+    channels_of,
     distance_angles,
+    even_tokens,
     kind_of,
     n_tokens_of,
     page_tokens_of,
     prefetch_bytes,
     row_address,
+    step_of,
     value_offset,
 )
 from .cpu_query_book import COARSE_COS, COARSE_SIN, COS, EXACT, N_KV_HEADS, PAGES, Q_START, SIN
@@ -44,7 +49,6 @@ NEAR_BYTES = 2048
 """How many runs ahead keys and values are asked for, and how much of each; the machine's own read-ahead
 finds the rest of a long run."""
 _WINDOW = SEGMENT_KINDS.index("window")
-_INT8, _INT4 = KINDS.index("int8"), KINDS.index("int4")
 
 
 @compiled
@@ -73,12 +77,11 @@ def _find(first, last, head, n_kv_heads, q_start, table, runs, key_starts, base,
     """The visible part of every run of segments [first, last): addresses, keys, position.
 
     found: rows of (address of the first value, keys, address of the first key, position, number of the
-    run whose weight they have, whether all keys have that position); ends: after each segment, the
-    rows so far. Returns their number, -1 if a page is absent. Runs that follow each other in memory
-    and position are joined.
+    run whose weight they have, whether all keys have that position, kind of the keys, address of their
+    channels' scales); ends: after each segment, the rows so far. Returns their number, -1 if a page is
+    absent. Runs that follow each other in memory and position are joined.
     """
-    page_tokens = page_tokens_of(book)
-    to_value, row_bytes = value_offset(book) * (VALUE - KEY), bytes_of_row(book)
+    page_tokens, even = page_tokens_of(book), even_tokens(book)
     n = 0
     for s in range(first, last):
         n_runs, run_tokens, kind = table[s, N_RUNS], table[s, RUN_TOKENS], table[s, KIND]
@@ -97,11 +100,11 @@ def _find(first, last, head, n_kv_heads, q_start, table, runs, key_starts, base,
             low, high = max(start, low_limit), min(start + run_tokens, high_limit)
             before = r * run_tokens - start if renumbered else -first_token
             while start >= 0 and low < high:
-                # a run may go over the edge of a page
+                # a run may go over the edge of a page, or of a block
                 page = low // page_tokens
-                offset = low - page * page_tokens
-                edge = min(high, low - offset + page_tokens)
-                src = row_address(page, offset, KEY, head, book)
+                edge = min(high, low - low % even + even)
+                src = row_address(page, low - page * page_tokens, KEY, head, book)
+                kind_here = kind_of(low, book)
                 if src == 0:
                     return -1
                 where = position if fixed else position + low + before
@@ -109,18 +112,20 @@ def _find(first, last, head, n_kv_heads, q_start, table, runs, key_starts, base,
                     n > begin
                     and not weighted
                     and not fixed
-                    and found[n - 1, 2] + found[n - 1, 1] * row_bytes == src
+                    and found[n - 1, 2] + found[n - 1, 1] * step_of(kind_here, KEY, book) == src
                     and found[n - 1, 3] + found[n - 1, 1] == where
-                    and offset
+                    and low % even
                 ):
                     found[n - 1, 1] += edge - low
                 else:
-                    found[n, 0] = src + to_value
+                    found[n, 0] = src + value_offset(low, book)
                     found[n, 1] = edge - low
                     found[n, 2] = src
                     found[n, 3] = where
                     found[n, 4] = first_run + r
                     found[n, 5] = fixed
+                    found[n, 6] = kind_here
+                    found[n, 7] = channels_of(src, low, book) if kind_here == INT4C else 0
                     n += 1
                 low = edge
         ends[s - first] = n
@@ -141,21 +146,22 @@ def _logits(begin, end, n_found, head, at, base, weights, queries, floats, logit
     n_kv_heads = peek(at, N_KV_HEADS)
     group, half = n_heads // n_kv_heads, head_dim // 2
     query_position = peek(at, Q_START) - base[head * len(base) // n_kv_heads]
-    row_bytes = bytes_of_row(book)
     at_query = address(queries) + 4 * head * group * head_dim
     at_turned, at_logits = address(floats), address(logits)
     at_cos, at_sin = peek(at, COS), peek(at, SIN)
     stride = _stride(logits, group)
-    variant = 4 * kind_of(book) - 1
     n = 0
     origin = -SPAN
     for r in range(begin, end):
         if r + AHEAD < n_found:
             # runs lie apart: ask for a later one while this one is read
-            n_bytes = min(NEAR_BYTES, found[r + AHEAD, 1] * row_bytes)
-            prefetch_bytes(found[r + AHEAD, 2], n_bytes)
-            prefetch_bytes(found[r + AHEAD, 0], n_bytes)
+            n_bytes = found[r + AHEAD, 1] * step_of(found[r + AHEAD, 6], VALUE, book)
+            prefetch_bytes(found[r + AHEAD, 2], min(NEAR_BYTES, n_bytes))
+            prefetch_bytes(found[r + AHEAD, 0], min(NEAR_BYTES, n_bytes))
+            if found[r + AHEAD, 7] != 0:
+                prefetch_bytes(found[r + AHEAD, 7], 4 * head_dim)
         left, src, where = found[r, 1], found[r, 2], found[r, 3]
+        row_bytes, variant = step_of(found[r, 6], KEY, book), 4 * found[r, 6] - 1
         step = half
         while left > 0:
             if exact:
@@ -176,7 +182,8 @@ def _logits(begin, end, n_found, head, at, base, weights, queries, floats, logit
             while h < group:
                 m = tile_heads(group - h)
                 dots(at_logits + 4 * (out + n * tile_width(m)), turned + 4 * h * head_dim, src, row_bytes,
-                     n_here, half, at_cos + angle, at_sin + angle, step, variant + m)  # fmt: skip
+                     n_here, half, at_cos + angle, at_sin + angle, step, found[r, 7],
+                     variant + m)  # fmt: skip
                 if len(weights) > 0:
                     for i in range(out + n * tile_width(m), out + (n + n_here) * tile_width(m)):
                         logits[i] += weights[found[r, 4]]
@@ -203,8 +210,6 @@ def _turn(dst, src, distance, n_heads, head_dim, cos, sin, coarse_cos, coarse_si
 def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats, logits, found):
     _, n_heads, head_dim = o.shape
     group = n_heads // n_kv_heads
-    row_bytes = bytes_of_row(book)
-    kind = kind_of(book)
     stride = _stride(logits, group)
     at_acc = address(floats) + 4 * group * head_dim
     at_ends = 3 * group * head_dim + 2 * head_dim
@@ -219,19 +224,21 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
         at_s = address(logits) + 4 * first
         at_top = address(floats) + 4 * at_ends
         softmax_tile(at_s, n_keys, width, at_top, at_top + 4 * LANES)
-        if kind in (_INT8, _INT4):
-            n_bytes = head_dim if kind == _INT8 else head_dim // 2
-            _scale_weights(first, width, begin, end, row_bytes, n_bytes, logits, found)
+        _scale_weights(first, width, begin, end, head_dim, book, logits, found)
         for i in range(m * head_dim):
             floats[group * head_dim + i] = 0.0
         r, done = begin, 0
         while r < end:
-            size, batch = 0, 0
-            while r + batch < end and (batch == 0 or size + found[r + batch, 1] <= BATCH):
+            size, batch, kind = 0, 0, found[r, 6]
+            while (
+                r + batch < end
+                and found[r + batch, 6] == kind
+                and (batch == 0 or size + found[r + batch, 1] <= BATCH)
+            ):
                 size += found[r + batch, 1]
                 batch += 1
-            weigh(at_acc, at_s + 4 * done * width, address(found) + 8 * RUN_WORDS * r, batch, row_bytes,
-                  head_dim, 4 * kind + m - 1)  # fmt: skip
+            weigh(at_acc, at_s + 4 * done * width, address(found) + 8 * RUN_WORDS * r, batch,
+                  step_of(kind, VALUE, book), head_dim, 4 * kind + m - 1)  # fmt: skip
             done += size
             r += batch
         for g in range(m):
@@ -244,11 +251,16 @@ def _weigh_values(s, head, begin, end, n_keys, n_kv_heads, o, lse, book, floats,
 
 
 @compiled
-def _scale_weights(first, width, begin, end, row_bytes, n_bytes, logits, found):
-    """Values that end with a scale after n_bytes: it goes into the weights."""
+def _scale_weights(first, width, begin, end, head_dim, book, logits, found):
+    """Values that end with a scale: it goes into the weights."""
     n = first
     for r in range(begin, end):
-        at = found[r, 0] + n_bytes
+        kind = found[r, 6]
+        if kind not in (INT8, INT4):
+            return  # so are all others
+        at, row_bytes = found[r, 0] + head_dim, step_of(kind, VALUE, book)
+        if kind == INT4:
+            at -= head_dim // 2
         for _ in range(found[r, 1]):
             scale = peek_float(at)
             for w in range(width):

@@ -76,7 +76,7 @@ def summarise_run(out, rows, first, last, side, head, spread, book):
         src = page_address(token, side, head, book)
         if src == 0:
             return False
-        load_row(address(row), src, book)
+        load_row(address(row), src, token, side, book)
         if token == first:
             for d in range(head_dim):
                 total[d] = row[d]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .by_channel import BLOCK_TOKENS
+from .by_channel import DTYPE as BY_CHANNEL
 from .cpu_compile import compiled
 from .cpu_formats import KINDS as _KINDS
 from .cpu_memory import (
@@ -20,6 +22,8 @@ from .cpu_memory import (
     load_float32,
     load_int4,
     load_int8,
+    load_key,
+    load_value,
     peek,
     prefetch,
     rotate_bfloat16,
@@ -30,7 +34,7 @@ from .cpu_memory import (
     rotate_int8,
     zero_float32,
 )
-from .paged import PagedKV
+from .paged import PagedKV, block_start
 from .rope import FINE, TABLE_LIMIT, Rope
 
 _DTYPES = {
@@ -40,14 +44,17 @@ _DTYPES = {
     "int8": torch.int8,
     "float8": torch.float8_e4m3fn,
     "int4": torch.uint8,
+    "int4c": BY_CHANNEL,
 }
 KINDS = {_DTYPES[kind]: i for i, kind in enumerate(_KINDS)}
-INT8, FLOAT8, INT4 = (KINDS[_DTYPES[kind]] for kind in ("int8", "float8", "int4"))
+INT8, FLOAT8, INT4, INT4C = (KINDS[_DTYPES[kind]] for kind in _KINDS[3:])
 KEY, VALUE = 0, 1
 
 
 # columns of Pages.book
 _BASES, _MEMORY, _ROW, _N_PAGES, _PAGE_TOKENS, _HEAD_DIM, _ROW_BYTES, _KIND, _N_TOKENS = range(9)
+_KEY_BYTES, _EVEN_TOKENS, _OPEN, _OPEN_FIRST, _OPEN_SIDE = range(9, 14)
+_NEVER = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,10 @@ class Pages:
 
     book: np.ndarray
     """int64: addresses of memory bases, of `memory` and `row` [Hkv, n_pages], then n_pages,
-    page_tokens, head_dim, bytes of a row, kind, n_tokens. Compiled code gets the address of
-    this book: array arguments of inner functions cost atomic reference counts."""
+    page_tokens, head_dim, bytes of a row, kind, n_tokens; bytes from a key to the next, tokens for which
+    that holds (from a multiple of them on); of an open block the address, the first token (or one that
+    never comes) and the bytes from a key to its value. Compiled code gets the address of this book: array
+    arguments of inner functions cost atomic reference counts."""
     holds: tuple[object, ...]
 
 
@@ -72,6 +81,7 @@ def as_pages(view: PagedKV) -> Pages | None:
     bases = np.array([leaves.data_ptr() for leaves in view.memories], dtype=np.int64)
     memory = np.ascontiguousarray(view.memory.numpy())
     row = np.ascontiguousarray(view.row.numpy())
+    by_channel, block = view.kv_dtype == BY_CHANNEL, view.open
     book = np.array(
         [
             bases.ctypes.data,
@@ -83,6 +93,11 @@ def as_pages(view: PagedKV) -> Pages | None:
             view.row_bytes,
             kind,
             view.n_tokens,
+            view.head_dim // 2 if by_channel else view.row_bytes,
+            BLOCK_TOKENS if by_channel else view.page_tokens,
+            0 if block is None else block.kv.data_ptr(),
+            _NEVER if block is None else block.first,
+            0 if block is None else 4 * block.kv.stride(0),
         ],
         dtype=np.int64,
     )
@@ -92,6 +107,8 @@ def as_pages(view: PagedKV) -> Pages | None:
 def set_n_tokens(pages: Pages, n_tokens: int) -> None:
     """More tokens were appended since the book was made."""
     pages.book[_N_TOKENS] = n_tokens
+    if pages.book[_OPEN]:
+        pages.book[_OPEN_FIRST] = block_start(n_tokens - 1)
 
 
 def angle_table(rope: Rope, n_positions: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -112,13 +129,25 @@ def address(array):
 def row_address(page, offset, side, kv_head, book):
     """Address of stored row number `offset` of a page; 0 if the page is absent. book: address of
     Pages.book."""
+    page_tokens = peek(book, _PAGE_TOKENS)
+    place = page * page_tokens + offset - peek(book, _OPEN_FIRST)
+    if place >= 0:
+        block_bytes = 4 * BLOCK_TOKENS * peek(book, _HEAD_DIM)
+        row = 4 * place * peek(book, _HEAD_DIM)
+        return peek(book, _OPEN) + side * peek(book, _OPEN_SIDE) + kv_head * block_bytes + row
     entry = kv_head * peek(book, _N_PAGES) + page
     leaf = peek(peek(book, _ROW), entry)
     if leaf < 0:
         return 0
-    slot = (leaf * 2 + side) * peek(book, _PAGE_TOKENS) + offset
+    slot = (leaf * 2 + side) * page_tokens + offset
     base = peek(peek(book, _BASES), peek(peek(book, _MEMORY), entry))
-    return base + slot * peek(book, _ROW_BYTES)
+    return base + slot * peek(book, _ROW_BYTES) - (VALUE - side) * _ahead(offset, book)
+
+
+@compiled
+def _ahead(token, book):
+    """Bytes by which a key lies nearer to the beginning of its block than its value does."""
+    return token % BLOCK_TOKENS * (peek(book, _ROW_BYTES) - peek(book, _KEY_BYTES))
 
 
 @compiled
@@ -135,14 +164,25 @@ def bytes_of_row(book):
 
 
 @compiled
-def value_offset(book):
-    """Bytes from a stored key to its value."""
-    return peek(book, _PAGE_TOKENS) * bytes_of_row(book)
+def value_offset(token, book):
+    """Bytes from a token's stored key to its value."""
+    if token >= peek(book, _OPEN_FIRST):
+        return peek(book, _OPEN_SIDE)
+    return peek(book, _PAGE_TOKENS) * bytes_of_row(book) + _ahead(token, book)
 
 
 @compiled
-def is_float32(book):
-    return peek(book, _KIND) == 0
+def step_of(kind, side, book):
+    """Bytes from a key (or value) of a kind to the next; for keys see `even_tokens`."""
+    if kind == 0:
+        return 4 * peek(book, _HEAD_DIM)
+    return peek(book, _KEY_BYTES) if side == KEY else peek(book, _ROW_BYTES)
+
+
+@compiled
+def even_tokens(book):
+    """From a multiple of so many tokens on, so many keys lie one after the other, as their values do."""
+    return peek(book, _EVEN_TOKENS)
 
 
 @compiled
@@ -151,8 +191,15 @@ def page_tokens_of(book):
 
 
 @compiled
-def kind_of(book):
-    return peek(book, _KIND)
+def kind_of(token, book):
+    """The number of a token's format in KINDS."""
+    return 0 if token >= peek(book, _OPEN_FIRST) else peek(book, _KIND)
+
+
+@compiled
+def channels_of(key, token, book):
+    """Where the scales of a key's channels are, of a format that has them."""
+    return key + (BLOCK_TOKENS - token % BLOCK_TOKENS) * peek(book, _KEY_BYTES)
 
 
 @compiled
@@ -168,13 +215,18 @@ def prefetch_bytes(at, n_bytes):
 
 
 @compiled
-def load_row(dst, src, book):
-    load_kind(dst, src, peek(book, _HEAD_DIM), peek(book, _KIND))
+def load_row(dst, src, token, side, book):
+    """A token's stored key or value at src as float32."""
+    kind = kind_of(token, book)
+    if kind == INT4C and side == KEY:
+        load_key(dst, src, peek(book, _HEAD_DIM) // 2, channels_of(src, token, book))
+    else:
+        load_kind(dst, src, peek(book, _HEAD_DIM), kind)
 
 
 @compiled
 def load_kind(dst, src, n, kind):
-    """n stored elements of a kind (number in KINDS) as float32."""
+    """n stored elements of a kind (number in KINDS) as float32; of int4c a value's."""
     if kind == 0:
         load_float32(dst, src, n)
     elif kind == 1:
@@ -185,14 +237,16 @@ def load_kind(dst, src, n, kind):
         load_int8(dst, src, n)
     elif kind == FLOAT8:
         load_float8(dst, src, n)
-    else:
+    elif kind == INT4:
         load_int4(dst, src, n)
+    else:
+        load_value(dst, src, n)
 
 
 @compiled
-def load_rotated(dst, src, book, cos, sin, position):
-    """cos, sin: addresses of the angle table, whose rows are D / 2 floats."""
-    kind, half = peek(book, _KIND), peek(book, _HEAD_DIM) // 2
+def load_rotated(dst, src, token, book, cos, sin, position):
+    """A token's stored key at src. cos, sin: addresses of the angle table, whose rows are D / 2 floats."""
+    kind, half = kind_of(token, book), peek(book, _HEAD_DIM) // 2
     offset = 4 * position * half
     if kind == 0:
         rotate_float32(dst, src, half, cos + offset, sin + offset)
@@ -204,8 +258,11 @@ def load_rotated(dst, src, book, cos, sin, position):
         rotate_int8(dst, src, half, cos + offset, sin + offset)
     elif kind == FLOAT8:
         rotate_float8(dst, src, half, cos + offset, sin + offset)
-    else:
+    elif kind == INT4:
         rotate_int4(dst, src, half, cos + offset, sin + offset)
+    else:
+        load_key(dst, src, half, channels_of(src, token, book))
+        rotate_float32(dst, dst, half, cos + offset, sin + offset)
 
 
 @compiled

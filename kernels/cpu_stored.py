@@ -14,12 +14,22 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .cpu_compile import compiled
-from .cpu_formats import KINDS, LANES, SCALED, WIDE, items_per_byte, load_pairs, load_stored
+from .cpu_formats import (
+    KINDS,
+    LANES,
+    SCALED,
+    WIDE,
+    in_channels,
+    items_per_byte,
+    load_channels,
+    load_pairs,
+    load_stored,
+)
 from .cpu_ir import I32, I64, Emit, intrinsic
 
 HEADS = (1, 2, 3, 4)
 """Heads of a tile."""
-RUN_WORDS = 6
+RUN_WORDS = 8
 """int64 numbers of one run in `weigh`."""
 
 
@@ -98,13 +108,13 @@ def _dots(kind: str, n_heads: int) -> Any:
 
     q: n_heads rotated queries, 2 * half floats each; key: the first row, row_bytes apart; cos, sin:
     angles of the first key, half floats each, those of the next key turn_step floats later. Up to 7
-    floats beyond the last key's are overwritten.
+    floats beyond the last key's are overwritten. table: of int4c, what ends the block of these keys.
     """
     width = width_of(n_heads)
     per_step = LANES // width
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        out, q, key, row_bytes, n_keys, half, cos, sin, turn_step = args
+        out, q, key, row_bytes, n_keys, half, cos, sin, turn_step, table = args
         e = Emit(builder)
         last = builder.sub(n_keys, e.index(1))
         n_steps = builder.udiv(builder.add(n_keys, e.index(per_step - 1)), e.index(per_step))
@@ -124,8 +134,13 @@ def _dots(kind: str, n_heads: int) -> Any:
                 at = builder.mul(part.index, e.index(LANES))
                 above = builder.add(at, half)
                 rotated = []
+                if kind == "int4c":
+                    channels = [load_channels(e, table, x, half) for x in (at, above)]
                 for row, angle in zip(rows, angles, strict=True):
                     first, second = load_pairs(e, kind, row, at, half)
+                    if kind == "int4c":
+                        first = in_channels(e, first, channels[0])
+                        second = in_channels(e, second, channels[1])
                     where = builder.add(angle, at)
                     c = builder.load(e.pointer(cos, where, WIDE), align=4)
                     s = builder.load(e.pointer(sin, where, WIDE), align=4)
@@ -290,9 +305,9 @@ def _switched(make: Callable[[str, int], Any], kinds: Sequence[str] = KINDS) -> 
 
 @intrinsic
 def dots(typing: Any, out: Any, q: Any, key: Any, row_bytes: Any, n_keys: Any, half: Any, cos: Any,
-         sin: Any, turn_step: Any, variant: Any) -> Any:  # fmt: skip
+         sin: Any, turn_step: Any, table: Any, variant: Any) -> Any:  # fmt: skip
     """See `_dots`; variant: KINDS number * 4 + heads - 1."""
-    return _void(10), _switched(_dots)
+    return _void(11), _switched(_dots)
 
 
 @intrinsic

@@ -82,7 +82,7 @@ class PreparedDecode:
     def _in_torch(self, q: Tensor, position: int, base: tuple[int, ...]) -> Tensor:
         outs, lses = [], []
         for i, (view, segments) in enumerate(self._parts):
-            here = view if i else replace(view, n_tokens=position + 1)
+            here = view if i else view.until(position)
             mine = replace(segments, base=base)
             o, lse = attend_segments(q, position, here, mine, self._policy, self._rope, self._scale)
             outs.append(o)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .append import append_tokens
+from .append import append_tokens, first_not_finite, seal_blocks
 from .attend import attend_block, attend_segments, merge_partials, tail_view
 from .audit import MassAudit
 from .block import BlockRows, BlockStep, has_block_kernel
@@ -11,7 +11,7 @@ from .decode import PreparedDecode
 from .delta import delta_correction
 from .layers import LayersDone, RowCall, run_layers
 from .linear import linear_rows
-from .paged import PagedKV, gather_blocks, gather_tokens
+from .paged import OpenBlock, PagedKV, block_start, gather_blocks, gather_tokens
 from .plan import base_of, plan_attend, plan_tail, tail_until
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
@@ -40,6 +40,7 @@ __all__ = [
     "LayersDone",
     "MassAudit",
     "Norm",
+    "OpenBlock",
     "PagedKV",
     "PreparedDecode",
     "Product",
@@ -54,11 +55,13 @@ __all__ = [
     "attend_block",
     "attend_segments",
     "base_of",
+    "block_start",
     "candidate_end",
     "check_tables",
     "delta_correction",
     "empty_table",
     "fill_table",
+    "first_not_finite",
     "gather_blocks",
     "gather_tokens",
     "has_block_kernel",
@@ -71,6 +74,7 @@ __all__ = [
     "plan_tail",
     "put_summaries",
     "run_layers",
+    "seal_blocks",
     "select_blocks",
     "summarise_pages",
     "tables_of",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InternalError
+from . import by_channel
 
 Which = Literal["k", "v"]
 SCALE_BYTES = 4
@@ -19,6 +20,7 @@ RAW = {
     torch.int8: torch.int8,
     torch.float8_e4m3fn: torch.uint8,
     torch.uint8: torch.uint8,
+    by_channel.DTYPE: torch.int16,
 }
 """Integers of an element's size: numpy knows no bfloat16."""
 MOST_OF = {
@@ -28,13 +30,17 @@ MOST_OF = {
     torch.int8: torch.finfo(torch.float32).max,
     torch.float8_e4m3fn: 463.99997,
     torch.uint8: torch.finfo(torch.float32).max,
+    by_channel.DTYPE: torch.finfo(torch.float16).max,
 }
 """By KV dtype, the largest float32 that rounds to a finite number of it."""
 
 
 def stored_items(head_dim: int, dtype: torch.dtype) -> int:
     """Elements of the KV dtype in one stored key or value: int8 rows end with the bytes of a float32
-    scale, and uint8 ones, which are 4-bit numbers, have half as many bytes before it."""
+    scale, and uint8 ones, which are 4-bit numbers, have half as many bytes before it. For uint16, which is
+    int4c, see `by_channel`."""
+    if dtype == by_channel.DTYPE:
+        return by_channel.row_nbytes(head_dim) // dtype.itemsize
     if dtype == torch.uint8:
         return head_dim // 2 + SCALE_BYTES
     return head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
@@ -42,6 +48,8 @@ def stored_items(head_dim: int, dtype: torch.dtype) -> int:
 
 def head_dim_of(n_items: int, dtype: torch.dtype) -> int:
     """The inverse of `stored_items`."""
+    if dtype == by_channel.DTYPE:
+        return n_items * dtype.itemsize * 16 // 9
     if dtype == torch.uint8:
         return 2 * (n_items - SCALE_BYTES)
     return n_items - (SCALE_BYTES if dtype == torch.int8 else 0)
@@ -81,6 +89,21 @@ def unpack(stored: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class OpenBlock:
+    """Tokens of a row's latest block of 64, which is not rounded yet, or not for those that read it here."""
+
+    kv: Tensor
+    """float32 [2 (K, V), Hkv, 64, D], contiguous but for a slice of heads."""
+    first: int
+    """Its first token: this one and later ones are read here, earlier ones in pages."""
+
+
+def block_start(position: int) -> int:
+    """First token of a position's block."""
+    return position // by_channel.BLOCK_TOKENS * by_channel.BLOCK_TOKENS
+
+
+@dataclass(frozen=True)
 class PagedKV:
     """Where the pages of one layer lie. Reading never depends on which memory holds a page."""
 
@@ -94,6 +117,18 @@ class PagedKV:
     page_tokens: int
     n_tokens: int
     """Valid tokens; later slots of the last page hold garbage, maybe NaN."""
+    open: OpenBlock | None = None
+    """Of formats that round blocks: the block of the queries that read this view."""
+
+    def until(self, position: int) -> PagedKV:
+        """The view of a query at `position`, whose key is the last."""
+        block = self.open and replace(self.open, first=block_start(position))
+        return replace(self, n_tokens=position + 1, open=block)
+
+    def of_heads(self, heads: slice) -> PagedKV:
+        """The view of some KV heads."""
+        block = self.open and replace(self.open, kv=self.open.kv[:, heads])
+        return replace(self, memory=self.memory[heads], row=self.row[heads], open=block)
 
     @property
     def n_kv_heads(self) -> int:
@@ -136,17 +171,30 @@ def gather_tokens(view: PagedKV, token_ids: Tensor, which: Which = "k") -> Tenso
     slot = safe % view.page_tokens
     if page.numel() == 0 or not view.row.shape[1]:
         return torch.zeros(*ids.shape, view.head_dim)
+    out = torch.zeros(*ids.shape, view.head_dim)
+    side = 0 if which == "k" else 1
+    if view.open is not None:
+        at = safe - view.open.first
+        here = valid & (at >= 0)
+        head = torch.arange(n_kv_heads)[:, None].expand_as(at)
+        out[here] = view.open.kv[side, head[here], at[here]]
+        valid &= at < 0
     row = view.row.gather(1, page)
     if bool((row[valid] < 0).any()):
         raise absent_page(view)
     memory = view.memory.gather(1, page)
-    out = torch.zeros(*ids.shape, view.head_dim)
-    side = 0 if which == "k" else 1
     for i, leaves in enumerate(view.memories):
         here = valid & (memory == i)
         if bool(here.any()):
-            out[here] = unpack(leaves[row[here], side, slot[here]])
+            out[here] = _rows(leaves, side, row[here], slot[here])
     return out
+
+
+def _rows(leaves: Tensor, side: int, row: Tensor, slot: Tensor) -> Tensor:
+    if leaves.dtype != by_channel.DTYPE:
+        return unpack(leaves[row, side, slot])
+    gather = by_channel.gather_values if side else by_channel.gather_keys
+    return gather(leaves, row, slot)
 
 
 def gather_blocks(view: PagedKV, starts: Tensor, block_tokens: int, which: Which = "k") -> Tensor:

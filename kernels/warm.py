@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from ..core.stage import LayerPolicy, Stage
-from .append import append_tokens
+from . import by_channel
+from .append import append_tokens, seal_blocks
 from .attend import attend_segments, merge_partials
 from .block import BlockRows, BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
 from .decode import PreparedDecode
 from .layers import RowCall, run_layers
 from .linear import linear_rows
-from .paged import SCALE_BYTES, PagedKV
+from .paged import SCALE_BYTES, PagedKV, stored_items
 from .plan import plan_attend
 from .rope import Rope
 from .segments import Segments
@@ -59,6 +60,11 @@ def warm_up() -> float:
         append_tokens(
             leaves, np.zeros((1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64), one, one
         )
+    block = torch.zeros(1, by_channel.BLOCK_TOKENS, 32)
+    sealed = torch.zeros(
+        1, 2, page_tokens, stored_items(32, by_channel.DTYPE), dtype=by_channel.DTYPE
+    )
+    seal_blocks(sealed, np.zeros((1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64), block, block)
     for policy in policies:
         for n_queries in (64, 1):
             q = torch.zeros(2, n_queries, head_dim)

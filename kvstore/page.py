@@ -9,12 +9,21 @@ import numpy as np
 import xxhash
 
 from ..core.errors import InvalidInput
+from ..core.stage import KV_BLOCK
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8": 1, "int4": 1}
-"""Bytes of a stored number, or of what holds two of them."""
+_ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "float8": 1,
+    "int4": 1,
+    "int4c": 2,
+}
+"""Bytes of a stored number, or of what holds two of them; int4c has none of one size."""
 _SCALE_BYTES = {"int8": 4, "int4": 4}
 """What a stored key or value has besides its elements."""
 
@@ -25,7 +34,8 @@ class PageGeometry:
 
     A leaf is one layer and KV head of a page, [2 (K, V), page_tokens, row], keys unrotated. A row is
     head_dim elements (float8 is e4m3); int8 rows end with the bytes of a float32 scale, and so do int4
-    rows, which hold the first half of a head in low and the second in high bits of bytes.
+    rows, which hold the first half of a head in low and the second in high bits of bytes. int4c pages hold
+    keys by blocks of 64 tokens (`kernels/by_channel.py`), which come to as many bytes as its values' rows.
     Leaf index inside a page = layer * n_kv_heads + kv_head.
     """
 
@@ -42,10 +52,28 @@ class PageGeometry:
             value = getattr(self, name)
             if not isinstance(value, int) or value <= 0:
                 raise InvalidInput(f"page geometry: {name} must be a positive int, got {value!r}")
+        if self.block_tokens > 1 and (self.head_dim % 32 or self.page_tokens % self.block_tokens):
+            raise InvalidInput(
+                f"kv_dtype {self.kv_dtype} needs heads of a multiple of 32 elements and pages of a multiple "
+                f"of {self.block_tokens} tokens; got {self.head_dim} and {self.page_tokens}"
+            )
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that are rounded together."""
+        return KV_BLOCK if self.kv_dtype == "int4c" else 1
+
+    @property
+    def open_nbytes(self) -> int:
+        """Bytes of a row's block that is not full yet: float32, of all layers."""
+        rows = 2 * self.block_tokens * self.n_leaves
+        return 4 * rows * self.head_dim if self.block_tokens > 1 else 0
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of one stored key or value."""
+        if self.kv_dtype == "int4c":
+            return self.head_dim // 2 + self.head_dim // 16
         scale = _SCALE_BYTES.get(self.kv_dtype, 0)
         n_items = self.head_dim // 2 if self.kv_dtype == "int4" else self.head_dim
         return n_items * _ITEM_BYTES[self.kv_dtype] + scale

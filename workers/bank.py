@@ -7,7 +7,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..kernels.ops import append_tokens
+from ..kernels.by_channel import DTYPE as BY_CHANNEL
+from ..kernels.ops import append_tokens, seal_blocks
 from ..kvstore.page import PageGeometry
 from .memory import huge_zeros
 
@@ -18,6 +19,7 @@ TORCH_DTYPE = {
     "int8": torch.int8,
     "float8": torch.float8_e4m3fn,
     "int4": torch.uint8,
+    "int4c": BY_CHANNEL,
 }
 
 
@@ -49,6 +51,11 @@ class Bank:
         [Hkv, T, D]. Returns the first token that is not finite once stored, or -1.
         """
         return append_tokens(self.layers[layer], slots, offsets, k, v)
+
+    def seal(self, layer: int, slots: np.ndarray, blocks: np.ndarray, k: Tensor, v: Tensor) -> None:
+        """`write` of full blocks, in formats that round them together: slots int64 [Hkv, n], blocks [n], the
+        number of each in its page; k, v [Hkv, n * block_tokens, D], finite."""
+        seal_blocks(self.layers[layer], slots, blocks, k, v)
 
     def load(self, layer: int, slots: np.ndarray, memory: Tensor, rows: np.ndarray) -> None:
         """Copy leaves out of a mapped memory [n_rows, 2, P, D] into slots."""

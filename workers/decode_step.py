@@ -96,7 +96,8 @@ class DecodeStep:
             for i, row in enumerate(self._rows):
                 at = slice(i, i + 1)
                 # the run stores the key, unless it ends a page, of which a summary may be wanted
-                appended.append((row.n_done + 1) % self._attention.page_tokens == 0)
+                ends_page = (row.n_done + 1) % self._attention.page_tokens == 0
+                appended.append(ends_page or self._ends_block(row))
                 if appended[-1]:
                     self._attention.memory.append(layer, row, row.n_done, k[:, at], v[:, at])
                 plans.append(self._planned(layer, row, q[:, at], scale))
@@ -143,7 +144,7 @@ class DecodeStep:
             if row.audit is None:
                 continue
             layer, audit = row.audit
-            view = self._attention.pages.selection_view(layer, row, row.n_done + 1)
+            view = self._attention.pages.selection_view(layer, row, row.n_done + 1, row.n_done)
             share = audit.advance(view)
             if share is not None:
                 row.stats.mass_kept_sum += share
@@ -167,11 +168,16 @@ class DecodeStep:
             return None
         if position >= plan.until or position < row.n_existing_pages * attention.page_tokens:
             return None
-        if self._level(layer, row) < len(attention.policies[layer].stages):
+        if self._ends_block(row) or self._level(layer, row) < len(attention.policies[layer].stages):
             return None
         if self._audited(layer, row) or not self._stays(layer, row, plan):
             return None
         return RowCall(plan.prepared, position, self._base(layer, row, plan), append=True)
+
+    def _ends_block(self, row: Row) -> bool:
+        """Whether a block is full with this token and has to be rounded, which no run of layers does."""
+        block_tokens = self._attention.block_tokens
+        return block_tokens > 1 and (row.n_done + 1) % block_tokens == 0
 
     def _planned(self, layer: int, row: Row, q: Tensor, scale: float) -> Planned:
         """What the row's token attends to, and the base of positions now. Its own key need not be stored

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
-from ..core.config import KvDtype
 from ..core.errors import ConfigError
+from ..core.kv_format import KvDtype
 from ..core.stage import QUERY_BLOCK
 from .gpu_estimate import (
     DecodeEstimate,
@@ -21,7 +21,8 @@ from .gpu_estimate import (
 )
 from .gpu_needs import GpuLoad, Need, Place, needs_of, step_pages_of, sum_of
 
-FORMATS: tuple[KvDtype, ...] = get_args(KvDtype)
+FORMATS: tuple[KvDtype, ...] = tuple(name for name in get_args(KvDtype) if name != "int4c")
+"""What GPU kernels read."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.config import Config, KvDtype
+from ..core.config import Config
 from ..core.errors import ConfigError
+from ..core.kv_format import KvDtype
 from ..core.stage import QUERY_BLOCK, LayerPolicy, resolve_policies
 from ..kvstore.page import PageGeometry
 from .gpu_estimate import ACTIVATION_BYTES, GpuModel, table_bytes

@@ -51,6 +51,7 @@ class LayerAttention:
         self._n_heads = n_heads
         self.geometry = memory.geometry
         self.page_tokens = memory.geometry.page_tokens
+        self.block_tokens = memory.geometry.block_tokens
         plans_ahead = has_block_kernel() and memory.geometry.head_dim % 16 == 0
         self.n_ahead = [self._planned_tokens(p) if plans_ahead else 1 for p in policies]
         """Per layer, tokens that one plan of decode is made for, if their pages are there: kernels give
@@ -201,7 +202,7 @@ class LayerAttention:
         if candidate_end(q_start, policy) - policy.sink <= min(s.keep for s in policy.stages):
             return out
         started = time.monotonic()
-        view = self.pages.selection_view(layer, row, n_appended)
+        view = self.pages.selection_view(layer, row, n_appended, q_start)
         n_pages = -(-(q_start + 1) // self.page_tokens)
         self.pages.note_in_place(layer, row, np.arange(n_pages))
         out = delta_correction(q, q_start, view, out, n_kept, policy, self.rope, scale)

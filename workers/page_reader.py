@@ -18,6 +18,7 @@ from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
 from .bank import TORCH_DTYPE, Bank
 from .local_pages import LocalPages
+from .open_blocks import OpenBlocks
 from .page_errors import PageLost
 from .residency import Residency
 from .row import Row
@@ -42,12 +43,14 @@ class PageReader:
         pages: LocalPages,
         residency: Sequence[Residency],
         client: PageClient | None,
+        open_blocks: OpenBlocks | None = None,
     ) -> None:
         self.geometry = geometry
         self._bank = bank
         self._pages = pages
         self._residency = residency
         self._client = client
+        self._open = open_blocks
         self.with_room: WithRoom = at_once
         self._heads = np.arange(geometry.n_kv_heads, dtype=np.int64)
         self._mapped: list[Tensor] = []
@@ -66,10 +69,13 @@ class PageReader:
             self._mapped.append(flat.view(-1, 2, g.page_tokens, g.row_items))
         return self._mapped[index]
 
-    def selection_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
+    def selection_view(
+        self, layer: int, row: Row, n_tokens: int, position: int | None = None
+    ) -> PagedKV:
         """Every page of the row: from the bank where it is resident, else in place from its home.
 
-        The caller notes what it reads with `note_in_place`.
+        With a position its queries see all tokens of their own block; without, only those of full blocks may
+        be read in formats that round blocks. The caller notes what it reads with `note_in_place`.
         """
         page_ids = row.page_ids.array
         leaves = page_ids[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
@@ -83,7 +89,7 @@ class PageReader:
             memory = np.where(absent, home[None, :] + 1, 0)
             rows = np.where(absent, home_rows, slots)
             self._memory(int(home.max()))
-        return self._view(layer, memory, rows, n_tokens)
+        return self._view(layer, row, memory, rows, n_tokens, position)
 
     def note_in_place(self, layer: int, row: Row, pages: np.ndarray) -> None:
         """These pages of the row were read through `selection_view`: `mend_in_place` will check those
@@ -130,19 +136,32 @@ class PageReader:
         return True
 
     def bank_view(self, layer: int, row: Row, n_tokens: int) -> PagedKV:
-        """The row's pages as far as they are in the bank (-1 where absent)."""
+        """The row's pages as far as they are in the bank (-1 where absent), for queries of the last token's
+        block."""
         page_ids = row.page_ids.array
         leaves = page_ids[None, :] * self.geometry.n_kv_heads + self._heads[:, None]
         rows = self._residency[layer].slots_of(leaves)
-        return self._view(layer, np.zeros_like(rows), rows, n_tokens)
+        return self._view(layer, row, np.zeros_like(rows), rows, n_tokens, n_tokens - 1)
 
-    def _view(self, layer: int, memory: np.ndarray, rows: np.ndarray, n_tokens: int) -> PagedKV:
+    def _view(
+        self,
+        layer: int,
+        row: Row,
+        memory: np.ndarray,
+        rows: np.ndarray,
+        n_tokens: int,
+        position: int | None,
+    ) -> PagedKV:
+        block = None
+        if self._open is not None and position is not None:
+            block = self._open.view(layer, row, position)
         return PagedKV(
             memories=(self._bank.layers[layer], *self._mapped),
             memory=torch.from_numpy(np.ascontiguousarray(memory)),
             row=torch.from_numpy(np.ascontiguousarray(rows)),
             page_tokens=self.geometry.page_tokens,
             n_tokens=n_tokens,
+            open=block,
         )
 
     def fits(self, layer: int, leaves: np.ndarray) -> bool:

@@ -38,20 +38,23 @@ class PrefillStep:
         attention.memory.append(layer, row, self._start, k, v)
         out = torch.empty(q.shape[1], q.shape[0], q.shape[2])  # [T, H, D]
         while True:
-            self._blocks(layer, q, out, scale)
+            self._blocks(layer, q, k, v, out, scale)
             # once for all blocks of the chunk: a check costs as much as reading every key
             if not attention.mend(layer, row):
                 break
         self.seconds += time.monotonic() - started
         return out
 
-    def _blocks(self, layer: int, q: Tensor, out: Tensor, scale: float) -> None:
+    def _blocks(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float
+    ) -> None:
         attention, row = self._attention, self._row
         # copies in numpy: torch would wake its threads for them, which then spin beside our own
         n_appended = self._start + q.shape[1]
         for first, last in self._query_blocks:
             at = slice(first - self._start, last - self._start)
             block = torch.from_numpy(np.ascontiguousarray(q.numpy()[:, at]))
+            attention.memory.show(layer, row, self._start, k, v, first)
             selection = attention.select(layer, row, block, first, n_appended, scale, check=False)
             segments = attention.segments(layer, first, last - first, selection)
             leaves = attention.leaves_of(row, segments)

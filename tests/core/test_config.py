@@ -157,7 +157,7 @@ def test_an_unknown_key_without_a_near_one_lists_the_known(tmp_path: Path) -> No
         ("store: {lease_s: -1}", "store.lease_s", "greater than 0"),
         ("store: {timeout_s: .inf}", "store.timeout_s", "finite"),
         ("store: {timeout_s: .nan}", "store.timeout_s", "finite"),
-        ("cache: {kv_dtype: int3}", "cache.kv_dtype", "'bfloat16', 'int8', 'float8' or 'int4'"),
+        ("cache: {kv_dtype: int3}", "cache.kv_dtype", "'int8', 'float8', 'int4' or 'int4c'"),
         ("cluster: {wiring: mesh}", "cluster.wiring", "'ray' or 'inprocess'"),
         ("worker: 3", "worker", "valid dictionary"),
         ("worker:", "worker", "valid dictionary"),
@@ -323,6 +323,26 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         load_config([_write(tmp_path, "c.yaml", "worker: {max_rows: 0, cuont: 1}\nstor: {}")])
     for part in ("worker.max_rows", "worker.cuont", "stor: unknown"):
         assert part in caught.value.message
+
+
+SPARSE = "attention: {policies: [{stages: [{chunk: 64, keep: 512}], window: 127, sink: 64}]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {device: cuda}", "no GPU kernel reads it"),
+        ("cache: {page_tokens: 96}", r"page_tokens \(96\) must be a multiple of 64"),
+        (SPARSE, r"policies.0.window \(127\) must exceed its first chunk \(64\) by 64"),
+    ],
+)
+def test_what_int4c_cannot_go_with_is_said(tmp_path: Path, text: str, words: str) -> None:
+    path = _write(tmp_path, "c.yaml", text)
+    int4c = "cache.kv_dtype=int4c"
+    with pytest.raises(ConfigError, match=words):
+        load_config([path], [int4c])
+    load_config([path], [int4c.replace("int4c", "int4")])
+    load_config([_write(tmp_path, "d.yaml", SPARSE.replace("127", "128"))], [int4c])
 
 
 def test_the_tree_is_frozen() -> None:

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.kernels import attend, linear, score, select, summaries
+from longreach.kernels import attend, by_channel, linear, score, select, summaries
+from longreach.kernels.append import seal_torch
 from longreach.kernels.cpu_pool import POOL
-from longreach.kernels.paged import RAW, PagedKV, pack, unpack
+from longreach.kernels.paged import (
+    RAW,
+    OpenBlock,
+    PagedKV,
+    block_start,
+    pack,
+    stored_items,
+    unpack,
+)
 from longreach.kernels.rope import Rope
 
 
@@ -87,6 +96,8 @@ def paged() -> Callable[..., tuple[PagedKV, torch.Tensor, torch.Tensor]]:
         n_memories: int = 1,
         seed: int = 0,
     ) -> tuple[PagedKV, torch.Tensor, torch.Tensor]:
+        if dtype == by_channel.DTYPE:
+            return paged_by_channel(k, v, page_tokens, n_memories, seed)
         random = torch.Generator().manual_seed(seed)
         n_heads, n_tokens, head_dim = k.shape
         n_pages = -(-n_tokens // page_tokens)
@@ -110,3 +121,33 @@ def paged() -> Callable[..., tuple[PagedKV, torch.Tensor, torch.Tensor]]:
         return view, unpack(pack(k, dtype)), unpack(pack(v, dtype))
 
     return make
+
+
+def paged_by_channel(
+    k: torch.Tensor, v: torch.Tensor, page_tokens: int, n_memories: int, seed: int
+) -> tuple[PagedKV, torch.Tensor, torch.Tensor]:
+    """As `paged`: full blocks in pages, the last token's in an open block."""
+    random = torch.Generator().manual_seed(seed)
+    n_heads, n_tokens, head_dim = k.shape
+    n_pages = -(-n_tokens // page_tokens)
+    n_leaves = n_heads * n_pages + 3
+    first, block = block_start(n_tokens - 1), by_channel.BLOCK_TOKENS
+    shape = (n_leaves, 2, page_tokens, stored_items(head_dim, by_channel.DTYPE))
+    memories = tuple(
+        torch.full(shape, -1, dtype=torch.int16).view(by_channel.DTYPE) for _ in range(n_memories)
+    )
+    memory = torch.randint(0, n_memories, (n_heads, n_pages), generator=random)
+    row = torch.randperm(n_leaves, generator=random)[:-3].view(n_heads, n_pages)
+    for h in range(n_heads):
+        for start in range(0, first, block):
+            page, tokens = start // page_tokens, slice(start, start + block)
+            at = np.array([[int(row[h, page])]]), np.array([start % page_tokens // block])
+            one = slice(h, h + 1)
+            seal_torch(memories[memory[h, page]], *at, k[one, tokens], v[one, tokens])
+    open_kv = torch.full((2, n_heads, block, head_dim), torch.nan)
+    open_kv[0, :, : n_tokens - first] = k[:, first:]
+    open_kv[1, :, : n_tokens - first] = v[:, first:]
+    view = PagedKV(memories, memory, row, page_tokens, n_tokens, OpenBlock(open_kv, first))
+    both = (by_channel.rounded(x[:, :first], keys) for x, keys in ((k, True), (v, False)))
+    sealed_k, sealed_v = both
+    return view, torch.cat((sealed_k, k[:, first:]), 1), torch.cat((sealed_v, v[:, first:]), 1)

@@ -9,7 +9,7 @@ import torch
 
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
-from longreach.kernels import reference
+from longreach.kernels import by_channel, reference
 from longreach.kernels.ops import (
     PagedKV,
     Rope,
@@ -22,7 +22,7 @@ from longreach.kernels.ops import (
     select_blocks,
 )
 
-FLOAT8, INT4 = torch.float8_e4m3fn, torch.uint8
+FLOAT8, INT4, INT4C = torch.float8_e4m3fn, torch.uint8, by_channel.DTYPE
 STAGES = (Stage(chunk=64, keep=512), Stage(chunk=8, keep=136))
 
 
@@ -59,6 +59,10 @@ def run(
         (INT4, 3, 64, 64, 1),
         (INT4, 6, 80, 16, 1),
         (INT4, 5, 128, 32, 17),
+        (INT4C, 3, 64, 64, 64),
+        (INT4C, 2, 96, 128, 13),
+        (INT4C, 3, 64, 128, 1),
+        (INT4C, 5, 128, 64, 1),
         (torch.float32, 5, 24, 64, 3),  # a head size that the fast path leaves to torch
     ],
 )

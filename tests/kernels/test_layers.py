@@ -11,6 +11,7 @@ import torch
 
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
+from longreach.kernels.by_channel import DTYPE as INT4C
 from longreach.kernels.ops import (
     BlockRows,
     BlockStep,
@@ -95,9 +96,7 @@ class Layers:
             outs = []
             for r, position in enumerate(self.positions):
                 view, at = self.views[layer][r], slice(r, r + 1)
-                slots = view.row[:, position // PAGE : position // PAGE + 1].numpy()
-                offsets = np.array([position % PAGE])
-                append_tokens(view.memories[0], slots, offsets, k[:, at], v[:, at])
+                self.store(view, position, k[:, at], v[:, at])
                 prepared = self.prepared[layer][r]
                 outs.append(
                     prepared.attend(q[:, at], position, self.bases[layer][r]).transpose(0, 1)
@@ -105,8 +104,30 @@ class Layers:
             self.steps[layer + 1].run(rows, torch.cat(outs).contiguous())
         return rows.out_of(self.steps[-1]).clone()
 
+    def store(self, view: PagedKV, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if view.open is not None:
+            view.open.kv[:, :, position % 64] = torch.stack((k[:, 0], v[:, 0]))
+            return
+        slots = view.row[:, position // PAGE : position // PAGE + 1].numpy()
+        append_tokens(view.memories[0], slots, np.array([position % PAGE]), k, v)
+
+    def forget(self) -> None:
+        """What is stored already must not be needed."""
+        for view, position in zip(
+            itertools.chain(*self.views), itertools.cycle(self.positions), strict=False
+        ):
+            if view.open is not None:
+                view.open.kv[:, :, position % 64] = 0.0
+                continue
+            at, memory = view.row[:, position // PAGE], view.memories[0]
+            memory.view(RAW[memory.dtype])[at, :, position % PAGE] = 0
+
     def stored(self) -> list[torch.Tensor]:
-        return [view.memories[0].clone() for views in self.views for view in views]
+        return [
+            (view.memories[0] if view.open is None else view.open.kv).clone()
+            for views in self.views
+            for view in views
+        ]
 
 
 POLICIES = {
@@ -126,7 +147,15 @@ POLICIES = {
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.uint8],
+    [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.float8_e4m3fn,
+        torch.uint8,
+        INT4C,
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", POLICIES)
@@ -139,10 +168,7 @@ def test_a_run_has_the_bits_of_its_parts(paged, rope, threads, dtype, name, n_ro
     for n_threads in (1, 2, 3):
         threads(n_threads)
         for cuts in ([0, 3], [0, 1, 3], [0, 1, 2, 3]):
-            for views in layers.views:  # what is stored already must not be needed
-                for view, position in zip(views, layers.positions, strict=True):
-                    at = view.row[:, position // PAGE]
-                    view.memories[0].view(RAW[dtype])[at, :, position % PAGE] = 0
+            layers.forget()
             rows = layers.rows()
             for first, last in itertools.pairwise(cuts):
                 done = run_layers(
@@ -153,7 +179,7 @@ def test_a_run_has_the_bits_of_its_parts(paged, rope, threads, dtype, name, n_ro
             assert torch.equal(rows.out_of(layers.steps[-1]), want)
             for a, b in zip(layers.stored(), stored, strict=True):
                 # as numbers where NaN pads them; float8 has no comparison
-                same = torch.equal(a.view(RAW[dtype]), b.view(RAW[dtype]))
+                same = torch.equal(a.view(RAW[a.dtype]), b.view(RAW[b.dtype]))
                 assert same or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 

@@ -13,10 +13,12 @@ from longreach.kernels import (
     cpu_layers,
     cpu_linear,
     cpu_merge,
+    cpu_seal,
     cpu_search,
     cpu_summary_scores,
     cpu_top,
 )
+from longreach.kernels.by_channel import DTYPE as INT4C
 from longreach.kernels.ops import (
     PreparedDecode,
     append_tokens,
@@ -25,6 +27,7 @@ from longreach.kernels.ops import (
     merge_partials,
     plan_attend,
     run_layers,
+    seal_blocks,
     select_blocks,
     summarise_pages,
     warm_up,
@@ -34,6 +37,7 @@ from .test_layers import N_LAYERS, POLICIES, Layers
 
 WORKERS = (
     cpu_append.append,
+    cpu_seal.seal,
     cpu_attend._worker,
     cpu_linear._worker,
     cpu_merge._merge_worker,
@@ -50,12 +54,16 @@ def test_requests_use_what_the_warm_up_compiled(paged, rope, threads):
     warm_up()
     before = [len(worker.signatures) for worker in WORKERS]
     assert min(before) >= 1
-    small = (torch.int8, torch.float8_e4m3fn, torch.uint8)
+    small = (torch.int8, torch.float8_e4m3fn, torch.uint8, INT4C)
     for dtype in (torch.float32, torch.float16, torch.bfloat16, *small):
         view, _, _ = paged(*torch.randn(2, 2, 900, 64), 64, dtype, n_memories=2)
         k = torch.randn(30, 2, 64).transpose(0, 1)
         slots, offsets = np.arange(2)[:, None].repeat(30, axis=1), np.arange(30)
-        append_tokens(view.memories[1], slots, offsets, k, k)
+        if dtype == INT4C:
+            block = torch.randn(64, 2, 64).transpose(0, 1)
+            seal_blocks(view.memories[1], slots[:, :1], offsets[:1], block, block)
+        else:
+            append_tokens(view.memories[1], slots, offsets, k, k)
         for head_reduce, scorer in (("all", "search"), ("kv-group", "bounds"), ("all", "mean")):
             policy = LayerPolicy(
                 stages=(Stage(scorer=scorer, chunk=64, keep=256), Stage(chunk=8, keep=64)),

@@ -22,6 +22,10 @@ def test_sizes() -> None:
     assert SMOL.n_leaves == 90
     assert SMOL.page_nbytes == 2_949_120
     assert PageGeometry(30, 3, 64, 64, "bfloat16").page_nbytes == SMOL.page_nbytes // 2
+    by_channel = PageGeometry(30, 3, 64, 64, "int4c")
+    assert by_channel.leaf_nbytes == 64 * (2 * 32 + 2 * 4)
+    assert by_channel.row_items * 2 == by_channel.row_nbytes == 36
+    assert (by_channel.open_nbytes, SMOL.open_nbytes) == (SMOL.page_nbytes, 0)
 
 
 def test_dict_round_trip_and_refusals() -> None:
@@ -31,6 +35,9 @@ def test_dict_round_trip_and_refusals() -> None:
             PageGeometry.from_dict(wrong)
     with pytest.raises(InvalidInput, match="int3"):
         PageGeometry(1, 1, 8, 8, "int3")
+    for page_tokens, head_dim in ((32, 64), (96, 64), (64, 80)):
+        with pytest.raises(InvalidInput, match=f"got {head_dim} and {page_tokens}"):
+            PageGeometry(1, 1, page_tokens, head_dim, "int4c")
 
 
 def test_every_leaf_has_its_own_checksum() -> None:
