@@ -126,3 +126,13 @@ def test_search_over_keys_elsewhere_is_refused() -> None:
     with pytest.raises(FailedPrecondition, match="'search'"):
         check_policies(sparse, stores_local=False)
     check_policies(config(), stores_local=False)
+
+
+def test_blocks_that_are_not_rounded_yet_are_counted() -> None:
+    geometry = PageGeometry(n_layers=2, n_kv_heads=1, page_tokens=64, head_dim=32, kv_dtype="int4c")
+    rows = [RowSize(name, 640, 600, 10) for name in "abc"]
+    settings = config("cache.kv_dtype=int4c", "worker.max_rows=2")
+    plan = plan_rows(rows, settings, geometry, RATES)
+    # two rows run at once; K and V of 64 tokens in float32
+    blocks = 2 * geometry.n_leaves * 2 * 64 * 32 * 4
+    assert plan.device_bytes == 8 * geometry.page_nbytes + blocks
