@@ -62,7 +62,8 @@ def unpack_values(rows: Tensor) -> Tensor:
     n_codes = rows.shape[-1] * 8 // 9
     scales = rows[..., n_codes:].contiguous().view(torch.float16).float()
     groups = (_split(rows[..., :n_codes]) - 8.0).unflatten(-1, (-1, GROUP))
-    return (groups * scales[..., None]).flatten(-2)
+    found: Tensor = (groups * scales[..., None]).flatten(-2)
+    return found
 
 
 def gather_keys(leaves: Tensor, row: Tensor, slot: Tensor) -> Tensor:
