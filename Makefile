@@ -53,7 +53,7 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/pip
 	$(PIP) --no-deps --editable .
 	@echo "converting the embedded model (once per user, about 30 s)"
 	@$(BIN)/python -c "from longreach.workers.embedded import ensure_embedded_model as e; e()" 2>/dev/null
-	@echo "compiling the kernels (once per machine, up to a minute)"
+	@echo "compiling the kernels (once per machine, a minute or two)"
 	@$(BIN)/python -c "from longreach.kernels.ops import warm_up; warm_up()"
 	@touch $@
 

@@ -40,11 +40,11 @@ def warm_up() -> float:
     """Run every kernel once on a few pages; returns the seconds it took.
 
     Compiled code is kept beside the sources (or in the user's cache), so only the first start after
-    an installation or an update takes up to a minute; it says so.
+    an installation or an update takes a minute or two; it says so.
     """
     started = time.monotonic()
     if is_fresh():
-        _log.warning("compiling the CPU kernels: once per machine, up to a minute")
+        _log.warning("compiling the CPU kernels: once per machine, a minute or two")
     head_dim, page_tokens, n_pages = 16, 64, 6
     rope = Rope(torch.ones(head_dim // 2))
     policies = [

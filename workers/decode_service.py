@@ -57,7 +57,7 @@ class DecodeService:
         self._totals: dict[str, float] = {}
         use_threads(config.model.n_threads)
         if config.model.device == "cpu":
-            _log.warning("compiling kernels, if this is their first run here (up to a minute)")
+            _log.warning("compiling kernels, if this is their first run here (a minute or two)")
             _log.warning("kernels are ready after %.1f s", warm_up())
         directory = model_dir(config.model)
         model = load_model(config.model, directory)
