@@ -52,7 +52,7 @@ def attention_flops(model: Any, policies: tuple[LayerPolicy, ...], n_context_tok
     """Floating-point operations of attention per prefilled token: scores and values."""
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     n_keys = 0
-    for policy in policies:
+    for policy in (p.in_prefill for p in policies):
         seen = n_context_tokens // 2  # on average half of the context lies before a token
         if not policy.dense:
             seen = min(seen, policy.sink + policy.window + policy.stages[-1].keep)

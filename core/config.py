@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .fault_config import FaultsConfig
 from .kv_format import KvDtype, format_problem
 from .section import Section
-from .stage import QUERY_BLOCK, LayerPolicy, question_start
+from .stage import DENSE, QUERY_BLOCK, LayerPolicy, question_start
 from .store_config import StoreConfig
 
 
@@ -39,9 +39,7 @@ class ModelConfig(Section):
 class AttentionConfig(Section):
     """Selection and attention per layer."""
 
-    policies: tuple[LayerPolicy, ...] = Field(
-        default=(LayerPolicy(attend_rope="none", sink=0, window=0),), min_length=1
-    )
+    policies: tuple[LayerPolicy, ...] = Field(default=(DENSE,), min_length=1)
     """Layer policies; the default keeps every key (dense)."""
     question_block: Literal[8, 16, 32, 64] = 64
     """Queries that share one selection in the question (what follows the context, at most 256
@@ -55,7 +53,12 @@ class AttentionConfig(Section):
 
     @property
     def sparse(self) -> bool:
-        return any(not policy.dense for policy in self.policies)
+        return any(not (policy.dense and policy.in_prefill.dense) for policy in self.policies)
+
+    @property
+    def by_bookmark(self) -> bool:
+        """Whether a stage of any layer is scored by bookmarks."""
+        return any(p.by_bookmark or p.in_prefill.by_bookmark for p in self.policies)
 
 
 class CacheConfig(Section):
@@ -91,7 +94,10 @@ class RetrieverConfig(Section):
     count: int = Field(default=1, gt=0)
     """Retriever shards; contexts are spread over them."""
     remote: bool = False
-    """Score `bounds` and `mean` stages in the retriever instead of inside the worker."""
+    """Score first stages of `bounds`, `mean` and `bookmark` in the retriever instead of inside the worker."""
+    weights: str | None = None
+    """Trained bookmarks, for stages of scorer `bookmark`: a safetensors file of `longreach
+    train-retriever`, or `embedded` for those that come with the embedded model."""
     timeout_s: float = Field(default=20.0, gt=0)
     """Deadline of one call to a retriever."""
 
@@ -172,18 +178,46 @@ class Config(Section):
                 f"{QUERY_BLOCK} where a layer prunes"
             )
         for i, policy in enumerate(self.attention.policies):
-            if not policy.dense and self.cache.page_tokens % policy.block_tokens:
-                raise ValueError(
-                    f"attention.policies.{i}: the last chunk ({policy.block_tokens}) must divide "
-                    f"cache.page_tokens ({self.cache.page_tokens})"
-                )
-            if policy.tail and self.cache.page_tokens % policy.tail:
-                raise ValueError(
-                    f"attention.policies.{i}.tail ({policy.tail}) must divide cache.page_tokens "
-                    f"({self.cache.page_tokens})"
-                )
+            self._check_policy(f"attention.policies.{i}", policy)
         self._check_faults()
         return self
+
+    def _check_policy(self, path: str, policy: LayerPolicy) -> None:
+        page_tokens = self.cache.page_tokens
+        if policy.prefill_stages is not None and self.model.device == "cuda":
+            raise ValueError(
+                f"{path}.prefill_stages are not done on a GPU yet; leave them out, or use model.device: cpu"
+            )
+        if policy.tail and page_tokens % policy.tail:
+            raise ValueError(
+                f"{path}.tail ({policy.tail}) must divide cache.page_tokens ({page_tokens})"
+            )
+        for used in (policy, policy.in_prefill):
+            if not used.dense and page_tokens % used.block_tokens:
+                raise ValueError(
+                    f"{path}: the last chunk ({used.block_tokens}) must divide "
+                    f"cache.page_tokens ({page_tokens})"
+                )
+            if used.by_bookmark:
+                self._check_bookmark(path, used)
+
+    def _check_bookmark(self, path: str, policy: LayerPolicy) -> None:
+        page_tokens, chunk = self.cache.page_tokens, policy.stages[0].chunk
+        if self.model.device == "cuda":
+            raise ValueError(
+                f"{path}: scorer bookmark is not done on a GPU yet; use bounds, mean or search, or "
+                "model.device: cpu"
+            )
+        if self.retriever.weights is None:
+            raise ValueError(
+                f"{path}: scorer bookmark needs retriever.weights: a file of trained bookmarks, or "
+                "'embedded'"
+            )
+        if chunk != page_tokens or policy.sink % page_tokens:
+            raise ValueError(
+                f"{path}: scorer bookmark ranks whole pages, so its chunk ({chunk}) must be "
+                f"cache.page_tokens ({page_tokens}) and sink ({policy.sink}) a multiple of it"
+            )
 
     def _check_faults(self) -> None:
         counts = {

@@ -47,11 +47,16 @@ class Recipe(BaseModel):
     """Kind of device whose kernels computed the KV."""
     kernel_revision: int = KERNEL_REVISION
     """Revision of our kernels."""
+    retriever_fingerprint: str = ""
+    """Hash of the trained bookmarks, where prefill selects by them."""
     tenant: str = ""
     """Owner: pages are never shared between tenants."""
 
     def fingerprint(self) -> RecipeFingerprint:
-        packed = msgpack.packb(sorted(self.model_dump().items()))
+        fields = self.model_dump()
+        if not self.retriever_fingerprint:
+            del fields["retriever_fingerprint"]  # the names that such pages have always had
+        packed = msgpack.packb(sorted(fields.items()))
         return RecipeFingerprint(hashlib.sha256(packed).digest())
 
 

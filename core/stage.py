@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Scorer = Literal["search", "bounds", "mean"]
+Scorer = Literal["search", "bounds", "mean", "bookmark"]
 Variant = Literal["paper", "authors"]
 SelectRope = Literal["chunk-indexed", "relative", "streaming", "none", "clamped"]
 AttendRope = Literal["streaming", "none"]
@@ -46,7 +46,8 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scorer: Scorer = "search"
-    """How a chunk is scored: `search` (InfiniteHiP), `bounds` (min/max of keys) or `mean` key."""
+    """How a chunk is scored: `search` (InfiniteHiP), `bounds` (min/max of keys), `mean` key, or `bookmark`
+    (RetroLM): the trained key at a page's end. That is a policy's first stage, and its chunk is a page."""
     chunk: int = Field(gt=0)
     """Tokens per chunk."""
     keep: int = Field(gt=0)
@@ -55,7 +56,7 @@ class Stage(BaseModel):
     """Decode steps between recomputations of this stage."""
     query_stride: int = Field(default=1, gt=0)
     """Neighbouring queries of a block of 64 averaged into one before scoring; a finer block of the question
-    averages as many fewer, so that it is scored by as many averages."""
+    averages as many fewer, so that it is scored by as many averages. A bookmark's query is one."""
     variant: Variant = "authors"
     """`paper`: first-token probes, the last one scores; `authors`: centre probes, the best does."""
     spread: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -72,6 +73,11 @@ class Stage(BaseModel):
         if QUERY_BLOCK % self.query_stride:
             raise ValueError(f"query_stride ({self.query_stride}) must divide {QUERY_BLOCK}")
         return self
+
+    @property
+    def reads_summaries(self) -> bool:
+        """Whether it scores what is made of a chunk's keys alone."""
+        return self.scorer in ("bounds", "mean")
 
     def for_block(self, query_block: int) -> Stage:
         """This stage for blocks of fewer queries than QUERY_BLOCK."""
@@ -92,6 +98,8 @@ class LayerPolicy(BaseModel):
     """Layers this policy holds for: `all`, `rest`, `0-2`, `0,1,31` (counted from 0)."""
     stages: tuple[Stage, ...] = ()
     """Pruning stages, coarse to fine."""
+    prefill_stages: tuple[Stage, ...] | None = None
+    """Stages of prefill where they are others than decode's; an empty list keeps every key (dense)."""
     sink: int = Field(default=256, ge=0)
     """First tokens that are always attended."""
     window: int = Field(default=1024, ge=0)
@@ -117,38 +125,47 @@ class LayerPolicy(BaseModel):
         if not _LAYERS.fullmatch(self.layers):
             raise ValueError(f"layers ({self.layers!r}) must be all, rest, or like 0-2 or 0,1,31")
         parse_layers(self.layers, n_layers=0, taken=set())
+        self._check_stages("stages", self.stages)
+        if self.prefill_stages is not None:
+            self._check_stages("prefill_stages", self.prefill_stages)
+        if self.tail and not (self.stages or self.prefill_stages):
+            raise ValueError(f"tail ({self.tail}) needs stages: a dense policy leaves nothing out")
+        return self
+
+    def _check_stages(self, name: str, stages: tuple[Stage, ...]) -> None:
         previous: Stage | None = None
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(stages):
             if previous is not None:
+                if stage.scorer == "bookmark":
+                    raise ValueError(
+                        f"{name}.{i}.scorer: bookmark can only be the first stage, because it ranks "
+                        "whole pages"
+                    )
                 if previous.chunk % stage.chunk or stage.chunk > previous.chunk:
                     raise ValueError(
-                        f"stages.{i}.chunk ({stage.chunk}) must divide the previous chunk "
+                        f"{name}.{i}.chunk ({stage.chunk}) must divide the previous chunk "
                         f"({previous.chunk})"
                     )
                 if stage.keep > previous.keep:
                     raise ValueError(
-                        f"stages.{i}.keep ({stage.keep}) exceeds what enters it ({previous.keep})"
+                        f"{name}.{i}.keep ({stage.keep}) exceeds what enters it ({previous.keep})"
                     )
                 if previous.refresh % stage.refresh:
                     raise ValueError(
-                        f"stages.{i}.refresh ({stage.refresh}) must divide the previous stage's "
+                        f"{name}.{i}.refresh ({stage.refresh}) must divide the previous stage's "
                         f"({previous.refresh}): a stage is recomputed whenever its input is"
                     )
             previous = stage
-        self._check_tail()
-        if self.stages and self.window < self.stages[0].chunk:
+        if stages and self.tail:
+            self._check_tail(stages)
+        if stages and self.window < stages[0].chunk:
             raise ValueError(
-                f"window ({self.window}) must be at least the first chunk ({self.stages[0].chunk})"
+                f"window ({self.window}) must be at least the first chunk ({stages[0].chunk})"
             )
-        return self
 
-    def _check_tail(self) -> None:
-        if not self.tail:
-            return
-        if not self.stages:
-            raise ValueError(f"tail ({self.tail}) needs stages: a dense policy leaves nothing out")
-        last = self.stages[-1].chunk
-        before = self.stages[-2].chunk if len(self.stages) > 1 else self.tail
+    def _check_tail(self, stages: tuple[Stage, ...]) -> None:
+        last = stages[-1].chunk
+        before = stages[-2].chunk if len(stages) > 1 else self.tail
         if self.tail % last or before % self.tail or self.sink % self.tail:
             raise ValueError(
                 f"tail ({self.tail}) must be a multiple of the last chunk ({last}) and divide the "
@@ -168,6 +185,21 @@ class LayerPolicy(BaseModel):
     def refreshes(self) -> tuple[int, ...]:
         """Refresh interval of every stage."""
         return tuple(stage.refresh for stage in self.stages)
+
+    @property
+    def in_prefill(self) -> LayerPolicy:
+        """The policy that prefill follows; itself where that is decode's."""
+        if self.prefill_stages is None:
+            return self
+        if not self.prefill_stages:
+            return DENSE
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return LayerPolicy(**values | {"stages": self.prefill_stages, "prefill_stages": None})
+
+    @property
+    def by_bookmark(self) -> bool:
+        """Whether bookmarks choose the pages that later stages and attention see."""
+        return bool(self.stages) and self.stages[0].scorer == "bookmark"
 
     @property
     def block_tokens(self) -> int:
@@ -191,6 +223,10 @@ def parse_layers(spec: str, n_layers: int, taken: set[int]) -> list[int]:
     return [layer for layer in found if layer < n_layers]
 
 
+DENSE = LayerPolicy(attend_rope="none", sink=0, window=0)
+"""Every key, at its true position."""
+
+
 def resolve_policies(policies: tuple[LayerPolicy, ...], n_layers: int) -> tuple[LayerPolicy, ...]:
     """One policy per layer. Raises ValueError if a layer has none or two."""
     by_layer: dict[int, LayerPolicy] = {}
@@ -208,9 +244,9 @@ def resolve_policies(policies: tuple[LayerPolicy, ...], n_layers: int) -> tuple[
 
 
 def policies_fingerprint(policies: tuple[LayerPolicy, ...]) -> str:
-    """Fingerprint of what shapes prefilled KV: refresh is left out, prefill never caches masks."""
-    dump = [
-        p.model_dump_json(exclude={"stages": {"__all__": {"refresh"}}, "layers": True})
-        for p in policies
-    ]
+    """Fingerprint of what shapes prefilled KV: decode's own stages and refresh are left out, because prefill
+    never caches masks."""
+    excluded: dict[str, Any] = {"stages": {"__all__": {"refresh"}}}
+    excluded |= {"layers": True, "prefill_stages": True}
+    dump = [policy.in_prefill.model_dump_json(exclude=excluded) for policy in policies]
     return hashlib.sha256("\n".join(dump).encode()).hexdigest()

@@ -7,6 +7,7 @@ from .attend import attend_block, attend_segments, merge_partials, tail_view
 from .audit import MassAudit
 from .block import BlockRows, BlockStep, has_block_kernel
 from .block_weights import AfterAttention, BeforeAttention, Norm, Product
+from .bookmark import choose_pages, keeps_all_pages, whole_pages
 from .decode import PreparedDecode
 from .delta import delta_correction
 from .layers import LayersDone, RowCall, run_layers
@@ -20,6 +21,7 @@ from .selection import Selection, candidate_end
 from .summaries import (
     Summaries,
     TableName,
+    bookmark_table,
     check_tables,
     empty_table,
     fill_table,
@@ -56,8 +58,10 @@ __all__ = [
     "attend_segments",
     "base_of",
     "block_start",
+    "bookmark_table",
     "candidate_end",
     "check_tables",
+    "choose_pages",
     "delta_correction",
     "empty_table",
     "fill_table",
@@ -65,6 +69,7 @@ __all__ = [
     "gather_blocks",
     "gather_tokens",
     "has_block_kernel",
+    "keeps_all_pages",
     "linear_rows",
     "merge_partials",
     "page_summaries",
@@ -82,4 +87,5 @@ __all__ = [
     "tail_view",
     "touched_pages",
     "warm_up",
+    "whole_pages",
 ]

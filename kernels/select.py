@@ -48,13 +48,14 @@ def select_blocks(
     level: first stage to recompute, from previous.inputs[level]; level 0 starts from all chunks,
     level == len(stages) returns previous.
     coarse: int64 [Hsel, n] or [n], ascending chunk starts that leave stage 0, if it was scored
-    elsewhere (the retriever). summaries: ready summaries for bounds and mean stages, which are made
-    from the keys without. scale: the softmax scale, 1 / sqrt(D) by default (reduce, top_p).
-    query_block: queries of a whole block here; fewer than 64 are averaged in smaller groups.
+    elsewhere (the retriever; bookmarks always are). summaries: ready summaries for bounds and mean
+    stages, which are made from the keys without. scale: the softmax scale, 1 / sqrt(D) by default
+    (reduce, top_p). query_block: queries of a whole block here; fewer than 64 are averaged in smaller
+    groups.
     Raises InternalError on a dense policy, a missing previous, or pages that are absent.
     """
     n_stages = len(policy.stages)
-    _check(q, q_start, view, policy, previous, level)
+    _check(q, q_start, view, policy, previous, level, coarse)
     if previous is not None and level == n_stages:
         return previous
     n_sel = 1 if policy.head_reduce == "all" else view.n_kv_heads
@@ -96,10 +97,13 @@ def _check(
     policy: LayerPolicy,
     previous: Selection | None,
     level: int,
+    coarse: Tensor | None,
 ) -> None:
     n_queries = q.shape[1]
     if policy.dense:
         raise InternalError("select_blocks on a dense policy: it attends to every key")
+    if policy.by_bookmark and level == 0 and coarse is None:
+        raise InternalError("pages are chosen by bookmarks: give the chosen ones as `coarse`")
     if not 1 <= n_queries <= QUERY_BLOCK:
         raise InternalError(f"{n_queries} queries in a block; 1 to {QUERY_BLOCK} are allowed")
     if q_start + n_queries > view.n_tokens:

@@ -27,9 +27,10 @@ except ModuleNotFoundError as exc:  # without numba the torch path below does th
         raise
     cpu_page_summaries = None  # type: ignore[assignment]
 
-SummaryKind = Literal["bounds", "mean", "tail"]
+SummaryKind = Literal["bounds", "mean", "tail", "bookmark"]
 TableName = tuple[SummaryKind, int, float]
-"""(kind, tokens per summary, spread of bounds)"""
+"""(kind, tokens per summary, spread of bounds). Bookmarks are made by the model: here they only lie in
+the slots of their pages."""
 PIECE_TOKENS = 1 << 16
 """Tokens summarised at once: bounds the float32 copy of their keys."""
 
@@ -39,7 +40,8 @@ class Summaries:
     """Ready summaries of one row in one layer."""
 
     tables: Mapping[TableName, Tensor]
-    """bounds: [n_slots, Hkv, per page, 2 (maximum, minimum), D]; mean: [n_slots, Hkv, per page, 1, D];
+    """bounds: [n_slots, Hkv, per page, 2 (maximum, minimum), D]; mean: [n_slots, Hkv, per page, 1, D], a
+    bookmark like the mean of a page;
     tail: [n_slots, Hkv, 2 (mean K, mean V), per page, D], which is a memory of `PagedKV`. Contiguous,
     float32 or 16 bit."""
     slots: np.ndarray
@@ -57,7 +59,7 @@ def tables_of(policy: LayerPolicy) -> tuple[TableName, ...]:
     """What a policy's stages and tail read, coarse to fine."""
     names: list[TableName] = []
     for stage in policy.stages:
-        if stage.scorer != "search":
+        if stage.reads_summaries:
             names.append(table_of(stage))
     if policy.tail:
         names.append(tail_table(policy.tail))
@@ -69,6 +71,10 @@ def table_of(stage: Stage) -> TableName:
     if stage.scorer == "mean":
         return ("mean", stage.chunk, 1.0)
     return ("bounds", stage.chunk, stage.spread)
+
+
+def bookmark_table(page_tokens: int) -> TableName:
+    return ("bookmark", page_tokens, 1.0)
 
 
 def tail_table(tail: int) -> TableName:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.ops import Rope
+from .row_layers import gemm_rows
 
 SIDES = ("q", "k", "v")
 
@@ -63,10 +64,10 @@ class Bookmarks(nn.Module):
                 self.up[side] = nn.Parameter(torch.zeros(n, width, shape.rank))
 
     def added(self, side: str, layer: int, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden], normed as the layer's own projection reads it -> [..., width]."""
+        """hidden [n, hidden], normed as the layer's own projection reads it -> [n, width]."""
         if self.shape.rank is not None:
-            hidden = nn.functional.linear(hidden, self.down[side][layer])
-        return nn.functional.linear(hidden, self.up[side][layer])
+            hidden = gemm_rows(hidden, self.down[side][layer])
+        return gemm_rows(hidden, self.up[side][layer])
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,12 @@ class DecodeStep:
         attention, position = self._attention, row.n_done
         q = q.contiguous()
         previous, level = row.selections[layer], self._level(layer, row)
-        selection = attention.select(layer, row, q, position, position + 1, scale, previous, level)
+        bookmark = None
+        if row.bookmark is not None and attention.policies[layer].by_bookmark:
+            bookmark = row.bookmark[1][layer]
+        selection = attention.select(
+            layer, row, q, position, position + 1, scale, previous, level, bookmark=bookmark
+        )
         row.selections[layer] = selection
         plan = row.plans[layer]
         if plan is None or plan.selection is not selection or position >= plan.until:

@@ -13,6 +13,7 @@ from ..core.page_key import RecipeFingerprint
 from ..core.stage import LayerPolicy
 from ..kvstore.page import Bytes, PageGeometry
 from ..kvstore.page_client import PageClient
+from .bookmark_source import bookmarks_of
 from .cpu_executor import CpuExecutor
 from .executor import Executor
 from .gpu_budget import plan_gpu
@@ -46,7 +47,8 @@ def make_executor(
 ) -> Executor:
     """Raises ConfigError if the device is missing, or cannot do or hold what is asked."""
     if config.model.device == "cpu":
-        return CpuExecutor(config, model, geometry, policies, recipe, client, retrievers)
+        bookmarks = bookmarks_of(config)
+        return CpuExecutor(config, model, geometry, policies, recipe, client, retrievers, bookmarks)
     device = cuda_device()
     # said before anything is allocated, with what to change
     plan_gpu(GpuLoad.of(config, GpuModel.of(model.config)), machine_of()).check()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import InternalError
 from ..core.stage import QUERY_BLOCK, LayerPolicy
 from ..kernels.ops import (
     PagedKV,
@@ -28,6 +29,7 @@ from ..kernels.ops import (
     tail_view,
     touched_pages,
 )
+from .bookmark_index import BookmarkIndex
 from .cpu_memory import CpuMemory
 from .row import Row
 from .summary_index import SummaryIndex
@@ -47,6 +49,7 @@ class LayerAttention:
         rope: Rope,
         index: SummaryIndex,
         n_heads: int,
+        bookmarks: BookmarkIndex | None = None,
     ) -> None:
         self._n_heads = n_heads
         self.geometry = memory.geometry
@@ -65,9 +68,11 @@ class LayerAttention:
         self.policies = policies
         self.rope = rope
         self._index = index
+        self._bookmarks = bookmarks
 
     def _planned_tokens(self, policy: LayerPolicy) -> int:
-        return policy.refreshes[-1] if policy.stages else self.page_tokens
+        """At most a page: room is reserved for so many tokens, and RetroLM never refreshes."""
+        return min(policy.refreshes[-1], self.page_tokens) if policy.stages else self.page_tokens
 
     def select(
         self,
@@ -81,11 +86,13 @@ class LayerAttention:
         level: int = 0,
         check: bool = True,
         query_block: int = QUERY_BLOCK,
+        bookmark: Tensor | None = None,
     ) -> Selection | None:
         """q [H, Tq, D] at absolute positions q_start …; None for a dense policy.
 
-        n_appended: tokens of the row whose keys this layer has. Without `check` the caller sees to
-        `mend` before it keeps anything of what follows.
+        bookmark: theirs, a query [H, D], where bookmarks choose pages. n_appended: tokens of the row whose
+        keys this layer has. Without `check` the caller sees to `mend` before it keeps anything of what
+        follows.
         """
         policy = self.policies[layer]
         if policy.dense:
@@ -96,8 +103,12 @@ class LayerAttention:
         while True:
             view = self.pages.selection_view(layer, row, n_appended)
             coarse = None
-            if level == 0:
-                coarse = self._index.coarse(layer, row, q, q_start, view, scale, query_block)
+            if level == 0 and policy.by_bookmark:
+                coarse = self._chosen(layer, row, bookmark, q_start)
+            elif level == 0:
+                coarse = self._index.coarse(
+                    layer, row, q, q_start, view, scale, query_block, policy
+                )
             ready = self._summaries(layer, row, view)
             selection = select_blocks(
                 q,
@@ -117,6 +128,11 @@ class LayerAttention:
                 break
         row.stats.seconds_select += time.monotonic() - started
         return selection
+
+    def _chosen(self, layer: int, row: Row, bookmark: Tensor | None, q_start: int) -> Tensor:
+        if self._bookmarks is None or bookmark is None:
+            raise InternalError(f"layer {layer} selects by bookmarks at {q_start} and has none")
+        return self._bookmarks.choose(layer, row, bookmark, q_start, self.policies[layer])
 
     def _summaries(self, layer: int, row: Row, view: PagedKV) -> Summaries | None:
         ready, made = self._index.summaries(layer, row, view, self._versions_of)

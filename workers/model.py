@@ -6,6 +6,7 @@ scaling are read first. Attention is registered through AttentionInterface (DESI
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModel
 from ..kernels.ops import Rope
+from .bookmarks import SIDES, Bookmarks, BookmarkStates, PagesOfLayer, run_bookmarks
 from .decoder_blocks import find_blocks
 from .model_source import head_dim_of, load_model_config
 from .row_layers import RowLinear, RowNorm, replace_linears, replace_norms
@@ -117,10 +119,48 @@ class ModelAdapter:
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
+    def hidden_beside(
+        self, token_ids: Tensor, step: AttentionStep, bookmarks: Bookmarks, n_bookmarks: int
+    ) -> Tensor:
+        """`hidden` of a chunk of prefill with so many bookmarks behind it, which `step` tells apart: rows
+        of their own in every product, with q, k, v of their own. int64 [T] -> [T, hidden]."""
+        self._mode["decode"] = False
+        tokens = self._model.model.embed_tokens(token_ids)
+        embedded = torch.cat((tokens, bookmarks.embedding.expand(n_bookmarks, -1)))
+        joints = [layer.self_attn.q_proj.joint for layer in self._model.model.layers]
+        for layer, joint in enumerate(joints):
+            joint.beside = functools.partial(_add_own, bookmarks, layer, n_bookmarks)
+        try:
+            out = self._model.model(
+                inputs_embeds=embedded.unsqueeze(0),
+                position_ids=torch.zeros(1, len(embedded), dtype=torch.int64),
+                use_cache=False,
+                longreach=step,
+            )
+        finally:
+            for joint in joints:
+                joint.beside = None
+        return out.last_hidden_state[0, : len(token_ids)]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def bookmarks(
+        self, bookmarks: Bookmarks, pages: PagesOfLayer, n_tokens: Tensor, n_layers: int
+    ) -> BookmarkStates:
+        """`run_bookmarks` through the first n_layers; a bookmark's bits do not depend on the others."""
+        self._mode["decode"] = False
+        layers = self._model.model.layers[:n_layers]
+        return run_bookmarks(bookmarks, layers, self.rope, pages, n_tokens)
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden] -> [n, vocab]; always our own kernel, so a row's bits never change."""
         self._mode["decode"] = True
         return self._model.lm_head(hidden)  # type: ignore[no-any-return]
+
+
+def _add_own(bookmarks: Bookmarks, layer: int, n: int, rows: Tensor, out: Tensor) -> None:
+    own = [bookmarks.added(side, layer, rows[-n:]) for side in SIDES]
+    out[-n:] += torch.cat(own, dim=-1)
 
 
 def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:

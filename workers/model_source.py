@@ -16,6 +16,7 @@ from ..core.errors import ConfigError, UnsupportedModel
 from ..core.page_key import Recipe
 from ..core.stage import LayerPolicy, policies_fingerprint, resolve_policies
 from ..kvstore.page import PageGeometry
+from .bookmark_source import weights_fingerprint
 from .embedded import cache_dir, convert_gguf, ensure_embedded_model, sha256_of
 
 _log = logging.getLogger(__name__)
@@ -193,6 +194,14 @@ def _stamped(paths: list[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths))
 
 
+def _retriever_fingerprint(config: Config) -> str:
+    """Of the bookmarks by which prefill selects; empty where it does not, so that decode's choice of
+    bookmarks leaves pages their names."""
+    if not any(policy.in_prefill.by_bookmark for policy in config.attention.policies):
+        return ""
+    return weights_fingerprint(config)
+
+
 def recipe_for(config: Config, tenant: str = "") -> Recipe:
     """Everything that shapes KV bytes; reads the weight files once per process to name them."""
     directory = model_dir(config.model)
@@ -210,6 +219,7 @@ def recipe_for(config: Config, tenant: str = "") -> Recipe:
         head_dim=geometry.head_dim,
         page_tokens=geometry.page_tokens,
         attention_fingerprint=policies_fingerprint(policies_of(config, geometry.n_layers)),
+        retriever_fingerprint=_retriever_fingerprint(config),
         rope_fingerprint=hashlib.sha256(rope.encode()).hexdigest(),
         device_class=config.model.device,
         tenant=tenant,

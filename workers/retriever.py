@@ -49,7 +49,7 @@ def first_tables(
     """Per layer, the one table of its first stage, if that scores summaries."""
     every = summary_tables(policies, page_tokens)
     return tuple(
-        names[:1] if policy.stages and policy.stages[0].scorer != "search" else ()
+        names[:1] if policy.stages and policy.stages[0].reads_summaries else ()
         for names, policy in zip(every, policies, strict=True)
     )
 

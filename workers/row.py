@@ -14,6 +14,8 @@ from .page_list import PageList
 from .sampling import Sampling
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..kernels.ops import MassAudit, Selection
     from .decode_step import DecodePlan
 
@@ -104,6 +106,8 @@ class Row:
     selections: list[Selection | None] = field(default_factory=list)
     plans: list[DecodePlan | None] = field(default_factory=list)
     """Per layer, how the latest token attended."""
+    bookmark: tuple[int, Tensor] | None = None
+    """A position, and the queries [n_layers, H, D] of the bookmark behind the tokens before it."""
     audit: tuple[int, MassAudit] | None = None
     """The layer of an audit under way."""
     private_keys: list[PageKey] = field(default_factory=list)

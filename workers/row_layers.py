@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,15 @@ from .memory import huge_zeros
 
 MIN_GEMM_ROWS = 16
 """Library GEMMs give other bits for a few rows (measured: 1-3, 5-7, 9-11); padded above that."""
+
+
+def gemm_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows [n, K], weight [N, K] -> [n, N]: a library GEMM of so many rows that a row's bits do not depend
+    on the others."""
+    n_rows = len(rows)
+    if n_rows < MIN_GEMM_ROWS:
+        rows = nn.functional.pad(rows, (0, 0, 0, MIN_GEMM_ROWS - n_rows))
+    return nn.functional.linear(rows, weight, bias)[:n_rows]
 
 
 class RowLinear(nn.Module):
@@ -36,17 +45,18 @@ class RowLinear(nn.Module):
             ]
             self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
         self._mode = mode
+        self.beside: Callable[[Tensor, Tensor], None] | None = None
+        """Given rows [n, K] and what came of them, adds to the latter: prefill's bookmarks have projections
+        of their own."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self._mode["decode"]:
             out = linear_rows(rows, self.weight, self.bias)
-        elif len(rows) < MIN_GEMM_ROWS:
-            padded = rows.new_zeros(MIN_GEMM_ROWS, rows.shape[1])
-            padded[: len(rows)] = rows
-            out = nn.functional.linear(padded, self.weight, self.bias)[: len(rows)]
         else:
-            out = nn.functional.linear(rows, self.weight, self.bias)
+            out = gemm_rows(rows, self.weight, self.bias)
+            if self.beside is not None:
+                self.beside(rows, out)
         return out.reshape(*x.shape[:-1], -1)
 
 

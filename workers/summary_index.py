@@ -18,6 +18,7 @@ from ..core.stage import LayerPolicy
 from ..kernels.ops import (
     PagedKV,
     Summaries,
+    TableName,
     candidate_end,
     gather_tokens,
     page_summaries,
@@ -45,20 +46,34 @@ class SummaryIndex:
         self._page_tokens = page_tokens
         self._timeout_s = config.timeout_s
         names = summary_tables(policies, page_tokens)
+        in_prefill = summary_tables([policy.in_prefill for policy in policies], page_tokens)
         self._first = first_tables(policies, page_tokens)
         self._remote: dict[str, Channel] = {}
         if config.remote and any(self._first):
             self._remote = {name: connect(address) for name, address in retrievers.items()}
-            # the first stage's summaries live there; later stages' and the tail's here
-            names = tuple(
-                tuple(n for n in mine if n not in first)
-                for mine, first in zip(names, self._first, strict=True)
-            )
-        self._pool = SummaryPool(names, page_tokens)
+        self._pool = SummaryPool(
+            [
+                tuple(dict.fromkeys((*self._here_of(i, p, a), *self._here_of(i, p.in_prefill, b))))
+                for i, (p, a, b) in enumerate(zip(policies, names, in_prefill, strict=True))
+            ],
+            page_tokens,
+        )
         self._here: dict[str, dict[int, int]] = {}
         """Per row and layer, leading pages whose summaries are here."""
         self._known: dict[str, dict[int, int]] = {}
         """The same at the retriever."""
+
+    def _scored_there(self, layer: int, policy: LayerPolicy) -> bool:
+        """Retrievers score the first stage of decode's policies, and of prefill's where it is that."""
+        same = policy.stages[:1] == self._policies[layer].stages[:1]
+        return bool(self._remote and self._first[layer]) and same
+
+    def _here_of(
+        self, layer: int, policy: LayerPolicy, names: tuple[TableName, ...]
+    ) -> tuple[TableName, ...]:
+        """A policy's tables that are kept here: all, or those of later stages and the tail."""
+        there = self._first[layer] if self._scored_there(layer, policy) else ()
+        return tuple(name for name in names if name not in there)
 
     def reserve(self, n_pages: int) -> None:
         """Page numbers below this will be in use."""
@@ -109,11 +124,11 @@ class SummaryIndex:
         view: PagedKV,
         scale: float,
         query_block: int,
+        policy: LayerPolicy,
     ) -> Tensor | None:
         """The first stage scored at the retriever; None where it is scored here."""
-        if not self._remote or not self._first[layer]:
+        if not self._scored_there(layer, policy):
             return None
-        policy = self._policies[layer]
         end = candidate_end(q_start, policy)
         self._bring_up(layer, row, view, end // self._page_tokens)
         chunk = policy.stages[0].chunk

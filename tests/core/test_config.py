@@ -235,6 +235,30 @@ def test_contradictions_of_the_disk_tier(sets: list[str], words: str) -> None:
     assert words in caught.value.message
 
 
+_BOOKMARKS = "attention.policies.0.stages=[{scorer: bookmark, chunk: %d, keep: 1024}]"
+_WITH_WEIGHTS = ["cache.page_tokens=128", "retriever.weights=w", "attention.policies.0.window=128"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        (["retriever.weights=null"], "policies.0: scorer bookmark needs retriever.weights"),
+        (["model.device=cuda"], "policies.0: scorer bookmark is not done on a GPU yet"),
+        (["cache.page_tokens=256"], "its chunk (128) must be cache.page_tokens (256)"),
+        (["attention.policies.0.sink=64"], "and sink (64) a multiple of it"),
+    ],
+)
+def test_bookmarks_rank_whole_pages_with_weights_on_a_cpu(sets: list[str], words: str) -> None:
+    good = [*_WITH_WEIGHTS, _BOOKMARKS % 128]
+    assert load_config(sets=good).attention.by_bookmark
+    with pytest.raises(ConfigError) as caught:
+        load_config(sets=[*good, *sets])
+    assert words in caught.value.message
+    for_prefill = [one.replace("stages", "prefill_stages") for one in good]
+    with pytest.raises(ConfigError, match="not done on a GPU" if "cuda" in sets[0] else "bookmark"):
+        load_config(sets=[*for_prefill, *sets])
+
+
 def test_a_dense_configuration_may_have_any_page_size() -> None:
     assert load_config(sets=["cache.page_tokens=16"]).cache.page_tokens == 16
 

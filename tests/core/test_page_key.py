@@ -31,6 +31,7 @@ CHANGED = {
     "rope_fingerprint": "other",
     "device_class": "cuda",
     "kernel_revision": RECIPE.kernel_revision + 1,
+    "retriever_fingerprint": "other",
     "tenant": "alice",
 }
 TOKENS = st.lists(st.integers(0, 2**32 - 1), min_size=16, max_size=120)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from longreach.core.stage import (
+    DENSE,
     LayerPolicy,
     Stage,
     parse_layers,
@@ -37,7 +38,7 @@ def _changed(index: int, **values: Any) -> tuple[Stage, ...]:
         ({"chunk": 0, "keep": 64}, "greater than 0"),
         ({"chunk": 8, "keep": -64}, "greater than 0"),
         ({"chunk": 8, "keep": 64, "refresh": 0}, "greater than 0"),
-        ({"chunk": 8, "keep": 64, "scorer": "serach"}, "'search', 'bounds' or 'mean'"),
+        ({"chunk": 8, "keep": 64, "scorer": "serach"}, "'search', 'bounds', 'mean' or 'bookmark'"),
         ({"chunk": 8, "keep": 64, "budget": 1}, "Extra inputs"),
     ],
 )
@@ -79,6 +80,32 @@ def test_no_stages_means_dense() -> None:
     policy = LayerPolicy(stages=STAGES)
     assert not policy.dense
     assert policy.block_tokens == 8
+
+
+PAGES = Stage(scorer="bookmark", chunk=128, keep=1920)
+
+
+def test_bookmarks_choose_first() -> None:
+    assert LayerPolicy(stages=(PAGES, Stage(chunk=8, keep=512))).by_bookmark
+    late = Stage(scorer="bookmark", chunk=8, keep=64)
+    for name in ("stages", "prefill_stages"):
+        with pytest.raises(
+            ValidationError, match=rf"{name}\.1\.scorer: bookmark can only be the first"
+        ):
+            LayerPolicy.model_validate({name: (STAGES[1], late)})
+
+
+def test_prefill_may_follow_other_stages() -> None:
+    assert LayerPolicy(stages=STAGES).in_prefill == LayerPolicy(stages=STAGES)
+    assert LayerPolicy(stages=STAGES, tail=8, prefill_stages=()).in_prefill == DENSE
+    both = LayerPolicy(stages=(PAGES,), prefill_stages=STAGES, sink=512, window=256)
+    assert both.in_prefill == LayerPolicy(stages=STAGES, sink=512, window=256)
+    with pytest.raises(ValidationError, match=r"prefill_stages\.1\.keep .* exceeds"):
+        LayerPolicy(prefill_stages=_changed(1, keep=65536))
+    with pytest.raises(ValidationError, match=r"tail \(12\) must be a multiple of the last chunk"):
+        LayerPolicy(prefill_stages=STAGES, tail=12)
+    with pytest.raises(ValidationError, match=r"window \(64\).*first chunk \(256\)"):
+        LayerPolicy(prefill_stages=STAGES, window=64)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +184,12 @@ def test_the_fingerprint_follows_what_shapes_prefilled_kv() -> None:
         for values in changed
     }
     assert len(prints | {same}) == len(changed) + 1
+    # what decode alone does shapes no page: neither other stages nor what dense prefill never reads
+    apart = LayerPolicy(stages=(PAGES,), prefill_stages=STAGES)
+    assert same == policies_fingerprint((apart,) * 3)
+    dense = policies_fingerprint((LayerPolicy(stages=(PAGES,), prefill_stages=()),) * 3)
+    assert dense == policies_fingerprint((DENSE,) * 3)
+    assert dense not in prints | {same}
     # in which layer a policy stands matters
     other = LayerPolicy(stages=STAGES, sink=0)
     assert policies_fingerprint((base, other)) != policies_fingerprint((other, base))

@@ -1,0 +1,83 @@
+"""Which pages bookmarks choose (RetroLM): inner products of one query with the keys at pages' ends.
+
+A score's bits depend on nothing but the query and the page's own key: they are added in a fixed order, so
+that neither how many pages there are nor where they lie decides between two of nearly equal scores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.stage import LayerPolicy
+from .selection import candidate_end, top_chunks
+
+Keys = np.ndarray
+"""float32 [n, Hkv, D], unrotated"""
+
+
+def whole_pages(q_start: int, policy: LayerPolicy) -> range:
+    """Starts of the candidates of the queries at q_start: pages after the sinks that are complete before
+    them. An incomplete one has no bookmark yet; with any window of a page or more all of it is inside."""
+    page_tokens = policy.stages[0].chunk
+    end = min(candidate_end(q_start, policy), q_start // page_tokens * page_tokens)
+    return range(policy.sink, max(policy.sink, end), page_tokens)
+
+
+def keeps_all_pages(q_start: int, policy: LayerPolicy) -> bool:
+    """Whether no score is needed, because every candidate is kept."""
+    stage = policy.stages[0]
+    n_pages = len(whole_pages(q_start, policy))
+    return n_pages <= stage.keep // stage.chunk and (stage.top_p is None or not n_pages)
+
+
+def page_scores(query: Tensor, keys: Keys, *, per_kv_head: bool) -> Tensor:
+    """Inner products summed over heads, over sqrt(D) and the number of heads.
+
+    query: [H, D] float32, unrotated. Returns float32 [1, n], or [Hkv, n] for a score per KV head.
+    """
+    n_heads, dim = query.shape
+    n_kv_heads = keys.shape[1]
+    group = n_heads // n_kv_heads
+    # a KV head's key meets the sum of its query heads' queries, which is the same sum
+    summed = _sum(query.numpy().reshape(n_kv_heads, group, dim).swapaxes(1, 2))
+    scores, n_summed = _sum(keys * summed), group
+    if not per_kv_head:
+        scores, n_summed = _sum(scores)[:, None], n_heads
+    # divided last, so that equal sums stay equal
+    scores = scores / np.float32(math.sqrt(dim) * n_summed)
+    return torch.from_numpy(np.ascontiguousarray(scores.T))
+
+
+def choose_pages(
+    query: Tensor, keys: Keys, q_start: int, policy: LayerPolicy, log_scale: float = 0.0
+) -> Tensor:
+    """What leaves the first stage for the queries at q_start: page starts, int64 [Hsel, n] ascending and
+    padded with -1; equal scores go to the lower page.
+
+    keys: of `whole_pages`. log_scale: of the softmax of scores that estimates shares for `top_p`.
+    """
+    stage, per_kv_head = policy.stages[0], policy.head_reduce == "kv-group"
+    pages = whole_pages(q_start, policy)
+    starts = torch.arange(pages.start, pages.stop, pages.step)
+    starts = starts.expand(keys.shape[1] if per_kv_head else 1, -1)
+    if keeps_all_pages(q_start, policy):
+        return starts.contiguous()
+    scores = page_scores(query, keys, per_kv_head=per_kv_head)
+    shares = None
+    if stage.top_p is not None:
+        shares = (scores * math.exp(log_scale)).softmax(dim=-1).numpy()
+    return top_chunks(starts, scores, stage.keep // stage.chunk, shares, stage.top_p or 1.0)
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+    """Over the last axis, halves added to halves. In numpy, not torch: torch wakes its threads for it."""
+    while (n := x.shape[-1]) > 1:
+        half = x[..., : n // 2] + x[..., n // 2 : n // 2 * 2]
+        if n % 2:
+            half[..., 0] += x[..., -1]
+        x = half
+    return x[..., 0]

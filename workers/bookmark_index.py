@@ -1,0 +1,211 @@
+"""Bookmarks of a worker's pages and rows (RetroLM): made as pages are, or again from stored keys and values.
+
+Keys lie in tables with one slot per page, shared by all rows that share the page. Queries belong to rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.errors import ConfigError, InternalError, NumericalError
+from ..core.stage import LayerPolicy
+from ..kernels.ops import (
+    bookmark_table,
+    choose_pages,
+    gather_tokens,
+    keeps_all_pages,
+    whole_pages,
+)
+from .bookmarks import Bookmarks, BookmarkStates
+from .model import ModelAdapter
+from .page_reader import PageReader
+from .row import Row
+from .scheduler import refresh_level
+from .summary_pool import SummaryPool
+
+PIECE_PAGES = 128
+"""Bookmarks made together from stored pages: enough for the products, few enough for the cache."""
+
+
+class BookmarkIndex:
+    """For the engine's one thread. Raises ConfigError for bookmarks of another model or page size."""
+
+    def __init__(
+        self,
+        bookmarks: Bookmarks,
+        model: ModelAdapter,
+        policies: Sequence[LayerPolicy],
+        reader: PageReader,
+        versions_of: Callable[[Row], np.ndarray],
+    ) -> None:
+        self.bookmarks = bookmarks
+        self.rope = model.rope
+        self._model = model
+        self._policies = policies
+        self._reader = reader
+        self._versions_of = versions_of
+        self.page_tokens = reader.geometry.page_tokens
+        self._check_shape()
+        selecting = [p.by_bookmark or p.in_prefill.by_bookmark for p in policies]
+        self.layers = tuple(np.flatnonzero(selecting).tolist())
+        """Layers whose pages bookmarks choose, in prefill or decode."""
+        self.in_prefill = any(p.in_prefill.by_bookmark for p in policies)
+        self._decoding = [i for i in self.layers if policies[i].by_bookmark]
+        self._refresh = min((policies[i].stages[0].refresh for i in self._decoding), default=1)
+        self.n_layers = self.layers[-1] + 1
+        """Layers that a bookmark passes; in the last its key and query alone are wanted."""
+        self._name = bookmark_table(self.page_tokens)
+        names = [(self._name,) if selects else () for selects in selecting]
+        self._pool = SummaryPool(names, self.page_tokens)
+        self._log_scale = bookmarks.log_scale.tolist()
+
+    def _check_shape(self) -> None:
+        model, shape = self._model, self.bookmarks.shape
+        pairs = {
+            "n_layers": (shape.n_layers, model.n_layers),
+            "hidden": (shape.hidden, int(model.config.hidden_size)),
+            "n_heads": (shape.n_heads, model.n_heads),
+            "n_kv_heads": (shape.n_kv_heads, model.n_kv_heads),
+            "head_dim": (shape.head_dim, model.head_dim),
+            "page_tokens": (shape.page_tokens, self.page_tokens),
+        }
+        wrong = [f"{n} {a}, here {b}" for n, (a, b) in pairs.items() if a != b]
+        if wrong:
+            raise ConfigError(
+                f"retriever.weights are of another model or cache.page_tokens: {'; '.join(wrong)}",
+                path="retriever.weights",
+            )
+
+    def reserve(self, n_pages: int) -> None:
+        """Page numbers below this will be in use."""
+        self._pool.reserve(n_pages)
+
+    # --- keys of pages --------------------------------------------------------------------------
+
+    def bring_up(self, row: Row, n_pages: int) -> None:
+        """Make the keys of the row's first n_pages pages, all of them complete, that are not here: one
+        forward of one token per page."""
+        last, slots = self.layers[-1], row.page_ids.array
+        # a pass marks layers in ascending order, so what the last one has all have
+        first = self._pool.n_ready(last, slots[:n_pages], self._versions_of(row)[:n_pages])
+        for begin in range(first, n_pages, PIECE_PAGES):
+            end = min(begin + PIECE_PAGES, n_pages)
+            ends = [(page + 1) * self.page_tokens - 1 for page in range(begin, end)]
+            keys = self.run([(row, at) for at in ends]).keys
+            for layer in self.layers:
+                self.put(layer, row, range(begin, end), keys[layer])
+
+    def put(self, layer: int, row: Row, pages: range, keys: Tensor) -> None:
+        """The pages have these keys [n, Hkv, D] in a layer that selects; layers in ascending order."""
+        slots = row.page_ids.array
+        rows = keys[:, :, None, None].contiguous()
+        self._pool.put(layer, self._name, slots, pages.start, rows)
+        at = slice(pages.start, pages.stop)
+        self._pool.mark(layer, slots[at], self._versions_of(row)[at])
+
+    # --- queries --------------------------------------------------------------------------------
+
+    def refresh(self, rows: Sequence[Row]) -> None:
+        """Before a decode step: whatever its selections need of bookmarks.
+
+        A layer that is due at position p takes the query of the bookmark behind the latest token before
+        p at whose end an interval begins, or behind the prompt: a function of position, whoever runs it
+        and when. Intervals are the shortest of all layers.
+        """
+        wanted = []
+        for row in rows:
+            if not self._is_due(row):
+                continue
+            self.bring_up(row, row.n_done // self.page_tokens)
+            at = max(row.n_prompt, row.n_done // self._refresh * self._refresh)
+            if row.bookmark is None or row.bookmark[0] != at:
+                wanted.append((row, at))
+        if not wanted:
+            return
+        queries = self.run([(row, at - 1) for row, at in wanted]).queries
+        for i, (row, at) in enumerate(wanted):
+            row.bookmark = (at, queries[:, i])
+
+    def _is_due(self, row: Row) -> bool:
+        n_layers = len(self._policies)
+        return any(
+            row.selections[layer] is None
+            or not refresh_level(
+                self._policies[layer].refreshes, row.n_done, layer, n_layers, False
+            )
+            for layer in self._decoding
+        )
+
+    def choose(
+        self, layer: int, row: Row, query: Tensor, q_start: int, policy: LayerPolicy
+    ) -> Tensor:
+        """Pages that leave the first stage for queries at q_start: starts int64 [Hsel, n]. query [H, D]."""
+        pages = whole_pages(q_start, policy)
+        first, last = pages.start // self.page_tokens, -(-pages.stop // self.page_tokens)
+        shape = self.bookmarks.shape
+        keys = np.zeros((0, shape.n_kv_heads, shape.head_dim), dtype=np.float32)
+        if not keeps_all_pages(q_start, policy):
+            slots = row.page_ids.array[:last]
+            n_ready = self._pool.n_ready(layer, slots, self._versions_of(row)[:last])
+            if n_ready < last:
+                raise InternalError(
+                    f"bookmarks of {n_ready} of {last} pages are here: bring them up"
+                )
+            table = self._pool.summaries(layer, slots, last).tables[self._name]
+            keys = table.numpy()[slots[first:], :, 0, 0]
+        return choose_pages(query, keys, q_start, policy, self._log_scale[layer])
+
+    # --- the forward pass -----------------------------------------------------------------------
+
+    def run(self, at: Sequence[tuple[Row, int]]) -> BookmarkStates:
+        """Bookmarks behind the rows' tokens at these positions, whose keys and values are stored.
+
+        Raises PageLost if those are gone, NumericalError if a bookmark is not finite.
+        """
+        by_row: list[tuple[Row, list[int]]] = []
+        for row, position in at:
+            if not by_row or by_row[-1][0] is not row:
+                by_row.append((row, []))
+            by_row[-1][1].append(position)
+
+        def pages(layer: int) -> tuple[Tensor, Tensor]:
+            read = [self._checked(layer, row, np.array(p)) for row, p in by_row]
+            keys, values = zip(*read, strict=True)
+            return torch.cat(keys), torch.cat(values)
+
+        n_tokens = torch.tensor([min(self.page_tokens, p + 1) for _, p in at])
+        states = self._model.bookmarks(self.bookmarks, pages, n_tokens, self.n_layers)
+        finite = states.queries.isfinite().flatten(2).all(dim=2).all(dim=0)
+        if not bool(finite.all()):
+            row, position = at[int(finite.logical_not().nonzero()[0])]
+            raise NumericalError(
+                f"row {row.row_id}: the bookmark behind position {position} is not finite; "
+                "retriever.weights do not fit this model",
+                row_id=row.row_id,
+            )
+        return states
+
+    def _checked(self, layer: int, row: Row, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        while True:
+            read = self.read(layer, row, positions)
+            if not self._reader.mend_in_place(layer, row):
+                return read
+
+    def read(self, layer: int, row: Row, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """K and V [n, Hkv, page_tokens, D] of the tokens that end at these positions; zeros before the
+        text's start. The caller sees to `mend_in_place`."""
+        ids = positions[:, None] + np.arange(1 - self.page_tokens, 1)
+        view = self._reader.selection_view(layer, row, int(positions.max()) + 1)
+        flat = torch.from_numpy(ids.reshape(-1))
+        shape = (len(positions), self.page_tokens)
+        keys, values = (
+            gather_tokens(view, flat, which).unflatten(1, shape).transpose(0, 1)
+            for which in ("k", "v")  # type: ignore[arg-type]
+        )
+        pages = np.unique(ids[:, [0, -1]].clip(min=0) // self.page_tokens)
+        self._reader.note_in_place(layer, row, pages)
+        return keys, values
