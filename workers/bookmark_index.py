@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError, InternalError, NumericalError
+from ..core.errors import InternalError, NumericalError
 from ..core.stage import LayerPolicy
 from ..kernels.ops import (
     bookmark_table,
@@ -32,7 +32,7 @@ PIECE_PAGES = 128
 
 
 class BookmarkIndex:
-    """For the engine's one thread. Raises ConfigError for bookmarks of another model or page size."""
+    """For the engine's one thread."""
 
     def __init__(
         self,
@@ -49,7 +49,6 @@ class BookmarkIndex:
         self._reader = reader
         self._versions_of = versions_of
         self.page_tokens = reader.geometry.page_tokens
-        self._check_shape()
         selecting = [p.by_bookmark or p.in_prefill.by_bookmark for p in policies]
         self.layers = tuple(np.flatnonzero(selecting).tolist())
         """Layers whose pages bookmarks choose, in prefill or decode."""
@@ -62,23 +61,6 @@ class BookmarkIndex:
         names = [(self._name,) if selects else () for selects in selecting]
         self._pool = SummaryPool(names, self.page_tokens)
         self._log_scale = bookmarks.log_scale.tolist()
-
-    def _check_shape(self) -> None:
-        model, shape = self._model, self.bookmarks.shape
-        pairs = {
-            "n_layers": (shape.n_layers, model.n_layers),
-            "hidden": (shape.hidden, int(model.config.hidden_size)),
-            "n_heads": (shape.n_heads, model.n_heads),
-            "n_kv_heads": (shape.n_kv_heads, model.n_kv_heads),
-            "head_dim": (shape.head_dim, model.head_dim),
-            "page_tokens": (shape.page_tokens, self.page_tokens),
-        }
-        wrong = [f"{n} {a}, here {b}" for n, (a, b) in pairs.items() if a != b]
-        if wrong:
-            raise ConfigError(
-                f"retriever.weights are of another model or cache.page_tokens: {'; '.join(wrong)}",
-                path="retriever.weights",
-            )
 
     def reserve(self, n_pages: int) -> None:
         """Page numbers below this will be in use."""

@@ -1,10 +1,12 @@
-"""Which trained bookmarks a configuration asks for. Loads no torch until they are read."""
+"""Which trained bookmarks a configuration asks for. Their name is read without loading torch."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
 
 from ..core.config import Config
 from ..core.errors import ConfigError
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "data" / "bookmarks-smollm2-135m.safetensors"
 """Those of the embedded model."""
+CARD = "longreach_bookmarks"
+"""Of a file's metadata; see `bookmark_file`."""
 
 
 def weights_path(config: Config) -> Path:
@@ -21,7 +25,7 @@ def weights_path(config: Config) -> Path:
     name = config.retriever.weights
     if name == "embedded" and config.model.name != "embedded":
         raise ConfigError(
-            f"retriever.weights: embedded are those of model.name: embedded, not of "
+            "retriever.weights: embedded are those of model.name: embedded, not of "
             f"{config.model.name!r}; train some with `longreach train-retriever`",
             path="retriever.weights",
         )
@@ -34,15 +38,34 @@ def weights_path(config: Config) -> Path:
     return path
 
 
-def weights_fingerprint(config: Config) -> str:
-    """Hash of the file, hex: the name of what these bookmarks make."""
-    return hashlib.sha256(weights_path(config).read_bytes()).hexdigest()
+def retriever_fingerprint(config: Config) -> str:
+    """Of the configured bookmarks, hexadecimal: the name of what they make."""
+    path = weights_path(config)
+    try:
+        with safe_open(path, framework="np") as file:
+            return str(json.loads(file.metadata()[CARD])["fingerprint"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as exc:
+        raise ConfigError(
+            f"retriever.weights: {path} holds no bookmarks of `longreach train-retriever`: {exc}",
+            path="retriever.weights",
+        ) from exc
 
 
 def bookmarks_of(config: Config) -> Bookmarks | None:
-    """None where no stage is scored by bookmarks. Raises ConfigError for a file that is no such weights."""
+    """None where no stage is scored by bookmarks. Raises ConfigError for weights of another model or page
+    size, or a damaged file."""
     if not config.attention.by_bookmark:
         return None
+    # not above: the gateway names pages and loads no torch
     from .bookmark_file import load_bookmarks
+    from .model_source import model_dir
 
-    return load_bookmarks(weights_path(config))
+    bookmarks = load_bookmarks(weights_path(config), model_dir(config.model))
+    page_tokens = bookmarks.shape.page_tokens
+    if page_tokens != config.cache.page_tokens:
+        raise ConfigError(
+            f"retriever.weights are for pages of {page_tokens} tokens, cache.page_tokens is "
+            f"{config.cache.page_tokens}: they must be equal",
+            path="cache.page_tokens",
+        )
+    return bookmarks

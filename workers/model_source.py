@@ -16,7 +16,7 @@ from ..core.errors import ConfigError, UnsupportedModel
 from ..core.page_key import Recipe
 from ..core.stage import LayerPolicy, policies_fingerprint, resolve_policies
 from ..kvstore.page import PageGeometry
-from .bookmark_source import weights_fingerprint
+from .bookmark_source import retriever_fingerprint
 from .embedded import cache_dir, convert_gguf, ensure_embedded_model, sha256_of
 
 _log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def _retriever_fingerprint(config: Config) -> str:
     bookmarks leaves pages their names."""
     if not any(policy.in_prefill.by_bookmark for policy in config.attention.policies):
         return ""
-    return weights_fingerprint(config)
+    return retriever_fingerprint(config)
 
 
 def recipe_for(config: Config, tenant: str = "") -> Recipe:

@@ -13,7 +13,7 @@ import torch
 from longreach.core.config import Config
 from longreach.core.errors import ConfigError
 from longreach.kernels import attend, score, select
-from longreach.workers.bookmark_file import save_bookmarks
+from longreach.workers.bookmark_file import save_bookmarks, weights_fingerprint
 from longreach.workers.bookmark_index import BookmarkIndex
 from longreach.workers.bookmarks import Bookmarks, BookmarkShape
 from longreach.workers.cpu_executor import CpuExecutor
@@ -56,14 +56,27 @@ attention:
 """
 
 
-def make_bookmarks(rank: int | None = 4, seed: int = 3) -> Bookmarks:
+def make_bookmarks(rank: int | None = 4, seed: int = 3, page_tokens: int = PAGE) -> Bookmarks:
     """Random ones for a tiny model, far enough from its own projections to be told apart."""
     torch.manual_seed(seed)
-    shape = BookmarkShape(3, 64, 4, 2, 16, PAGE, rank)
-    bookmarks = Bookmarks(shape)
+    bookmarks = Bookmarks(BookmarkShape(3, 64, 4, 2, 16, page_tokens, rank))
     for parameter in bookmarks.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
     return bookmarks
+
+
+def save(path: Path, bookmarks: Bookmarks, model: Path) -> Path:
+    name = weights_fingerprint(model)
+    save_bookmarks(path, bookmarks, model="tiny", model_fingerprint=name, training={}, recall={})
+    return path
+
+
+def preset_for(model: Path, directory: Path) -> str:
+    """A configuration that selects by bookmarks of this model."""
+    weights = save(directory / "weights.safetensors", make_bookmarks(), model)
+    path = directory / "preset.yaml"
+    path.write_text(POLICIES.format(weights=weights))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +85,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def preset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("bookmarks")
-    weights = directory / "weights.safetensors"
-    save_bookmarks(weights, make_bookmarks())
-    path = directory / "preset.yaml"
-    path.write_text(POLICIES.format(weights=weights))
-    return str(path)
+def preset(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return preset_for(llama, tmp_path_factory.mktemp("bookmarks"))
 
 
 @pytest.fixture
@@ -206,20 +214,18 @@ def test_pages_are_the_same_with_and_without_bookmarks_that_only_decode(
 
 
 def test_where_they_select_in_prefill_pages_bear_the_names_of_the_weights(
-    config: Any, tmp_path: Path
+    config: Any, llama: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    save_bookmarks(other, make_bookmarks(seed=4))
+    other = save(tmp_path / "other.safetensors", make_bookmarks(seed=4), llama)
     sets = [(), (f"retriever.weights={other}",)]
     names = {recipe_for(config(*s, *m)).fingerprint() for s in sets for m in ((), DECODE_ONLY)}
     assert len(names) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_many_pages_as_there_are_give_the_dense_result(
-    kind: str, preset: str, tmp_path: Path
-) -> None:
-    model = make_tiny(kind, tmp_path)
+def test_as_many_pages_as_there_are_give_the_dense_result(kind: str, tmp_path: Path) -> None:
+    model = make_tiny(kind, tmp_path / kind)
+    preset = preset_for(model, tmp_path)
     prompts = prompts_of(900, 470)
     dense = hf_greedy(model, prompts, N_NEW)
     assert ask(make_engine(tiny_config(model, *KEEP_ALL, files=[preset])), *prompts) == dense
@@ -239,11 +245,10 @@ def test_as_many_pages_as_there_are_give_the_dense_result(
     ids=["chunks of 64", "of 192", "small bank", "kv-group", "top_p", "whole", "decode only"],
 )
 def test_chunks_bank_and_companions_change_nothing(
-    config: Any, watched: Watched, sets: tuple[str, ...], tmp_path: Path
+    config: Any, llama: Path, watched: Watched, sets: tuple[str, ...], tmp_path: Path
 ) -> None:
     prompts = prompts_of(1500, 1210, shared=700)
-    whole = tmp_path / "whole.safetensors"
-    save_bookmarks(whole, make_bookmarks(rank=None))
+    whole = save(tmp_path / "whole.safetensors", make_bookmarks(rank=None), llama)
     sets = tuple(one.format(whole=whole) if "{" in one else one for one in sets)
     form = [s for s in sets if s.startswith(("attention", "retriever"))]
     alone = [ask(make_engine(config(*form)), prompt)[0] for prompt in prompts]
@@ -289,10 +294,11 @@ def test_what_comes_later_changes_nothing(config: Any, watched: Watched) -> None
     ("kind", "decode_only"), [*((kind, False) for kind in KINDS), ("llama", True)]
 )
 def test_stored_pages_give_the_bookmarks_of_the_pass_that_made_them(
-    kind: str, preset: str, tmp_path: Path, decode_only: bool
+    kind: str, tmp_path: Path, decode_only: bool
 ) -> None:
     """Bit by bit: keys of all pages, and the query of the prompt's last token."""
-    model = make_tiny(kind, tmp_path)
+    model = make_tiny(kind, tmp_path / kind)
+    preset = preset_for(model, tmp_path)
     sets = DECODE_ONLY if decode_only else ()
     config = tiny_config(model, *sets, "cache.kv_dtype=float16", files=[preset])
     engine = make_engine(config)
@@ -399,34 +405,21 @@ def test_plain_torch_gives_the_kernels_tokens(config: Any, monkeypatch: pytest.M
     assert ask(make_engine(config()), *prompts, n_new=8) == ours
 
 
-@pytest.mark.parametrize(
-    ("shape", "words"),
-    [
-        (BookmarkShape(3, 64, 4, 2, 16, 64, 4), "page_tokens 64, here 128"),
-        (BookmarkShape(30, 576, 9, 3, 64, PAGE, 4), "n_layers 30, here 3; hidden 576, here 64"),
-    ],
-)
-def test_weights_of_another_model_are_refused_at_the_start(
-    config: Any, tmp_path: Path, shape: BookmarkShape, words: str
+def test_weights_that_do_not_fit_are_refused_at_the_start(
+    config: Any, llama: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "other.safetensors"
-    save_bookmarks(path, Bookmarks(shape))
-    with pytest.raises(ConfigError, match=words):
-        make_engine(config(f"retriever.weights={path}"))
-
-
-def test_files_that_are_no_weights_are_refused(config: Any, tmp_path: Path) -> None:
+    for_64 = save(tmp_path / "64.safetensors", make_bookmarks(page_tokens=64), llama)
+    other = make_tiny("mistral", tmp_path / "mistral")
+    of_other = save(tmp_path / "other.safetensors", make_bookmarks(), other)
     text = tmp_path / "text.safetensors"
     text.write_text("no weights")
-    nan = tmp_path / "nan.safetensors"
-    damaged = make_bookmarks()
-    damaged.embedding.data[3] = torch.nan
-    save_bookmarks(nan, damaged)
     for path, words in (
-        (text, "holds no bookmarks"),
-        (nan, "not finite"),
+        (for_64, "for pages of 64 tokens, cache.page_tokens is 128"),
+        (of_other, "made for tiny with weights"),
+        (text, "damaged|holds no bookmarks"),
         (tmp_path / "missing", "is no file"),
         ("embedded", "not of '/"),
     ):
-        with pytest.raises(ConfigError, match=words):
-            make_engine(config(f"retriever.weights={path}"))
+        for sets in ((), DECODE_ONLY):
+            with pytest.raises(ConfigError, match=words):
+                make_engine(config(f"retriever.weights={path}", *sets))
