@@ -54,6 +54,7 @@ def test_the_files_are_the_ones_tested_here() -> None:
         "infinitehip-16k-shallow",
         "longreach-3k",
         "one-machine-1m",
+        "retrolm",
         "single-gpu-3m",
         *PRESETS,
     }
