@@ -24,10 +24,11 @@ def format_problem(
             f"int4c, which rounds keys of {KV_BLOCK} tokens together"
         )
     for i, policy in enumerate(policies):
-        if not policy.selects_sealed:
-            return (
-                f"attention.policies.{i}.window ({policy.window}) must exceed its first chunk "
-                f"({policy.stages[0].chunk}) by {KV_BLOCK} or more with cache.kv_dtype int4c: keys of a "
-                f"query's own block of {KV_BLOCK} are not rounded yet and cannot be selected"
-            )
+        for used in (policy, policy.in_prefill):
+            if not used.selects_sealed:
+                return (
+                    f"attention.policies.{i}.window ({used.window}) must exceed its first chunk "
+                    f"({used.stages[0].chunk}) by {KV_BLOCK} or more with cache.kv_dtype int4c: keys of a "
+                    f"query's own block of {KV_BLOCK} are not rounded yet and cannot be selected"
+                )
     return None

@@ -246,7 +246,7 @@ _WITH_WEIGHTS = ["cache.page_tokens=128", "retriever.weights=w", "attention.poli
         (["retriever.weights=null"], "policies.0: scorer bookmark needs retriever.weights"),
         (["model.device=cuda"], "policies.0: scorer bookmark is not done on a GPU yet"),
         (
-            ["cache.kv_dtype=int4c"],
+            ["cache.kv_dtype=int4c", "attention.policies.0.window=192"],
             "policies.0: scorer bookmark reads keys that cache.kv_dtype int4c",
         ),
         (["cache.page_tokens=256"], "its chunk (128) must be cache.page_tokens (256)"),
@@ -371,6 +371,10 @@ def test_what_int4c_cannot_go_with_is_said(tmp_path: Path, text: str, words: str
     with pytest.raises(ConfigError, match=words):
         load_config([path], [int4c])
     load_config([path], [int4c.replace("int4c", "int4")])
+    if "window" in words:  # prefill's own stages are held to it as well
+        prefill = _write(tmp_path, "p.yaml", text.replace("stages", "prefill_stages"))
+        with pytest.raises(ConfigError, match=words):
+            load_config([prefill], [int4c])
     load_config([_write(tmp_path, "d.yaml", SPARSE.replace("127", "128"))], [int4c])
 
 
