@@ -5,6 +5,7 @@ Keys lie in tables with one slot per page, shared by all rows that share the pag
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,8 +26,11 @@ from .model import ModelAdapter
 from .page_reader import PageReader
 from .row import Row
 from .scheduler import refresh_level
+from .summary_index import SummaryIndex
 from .summary_pool import SummaryPool
 
+Show = Callable[[int], None]
+"""Makes the block of a position the row's open one; see `CpuMemory.show`."""
 PIECE_PAGES = 128
 """Bookmarks made together from stored pages: enough for the products, few enough for the cache."""
 
@@ -41,6 +45,7 @@ class BookmarkIndex:
         policies: Sequence[LayerPolicy],
         reader: PageReader,
         versions_of: Callable[[Row], np.ndarray],
+        summaries: SummaryIndex,
     ) -> None:
         self.bookmarks = bookmarks
         self.rope = model.rope
@@ -48,6 +53,7 @@ class BookmarkIndex:
         self._policies = policies
         self._reader = reader
         self._versions_of = versions_of
+        self._summaries = summaries
         self.page_tokens = reader.geometry.page_tokens
         selecting = [p.by_bookmark or p.in_prefill.by_bookmark for p in policies]
         self.layers = tuple(np.flatnonzero(selecting).tolist())
@@ -100,12 +106,11 @@ class BookmarkIndex:
         """
         wanted = []
         for row in rows:
-            if not self._is_due(row):
-                continue
-            self.bring_up(row, row.n_done // self.page_tokens)
+            if self._is_due(row):
+                self.bring_up(row, row.n_done // self.page_tokens)
             at = max(row.n_prompt, row.n_done // self._refresh * self._refresh)
-            if row.bookmark is None or row.bookmark[0] != at:
-                wanted.append((row, at))
+            if self._decoding and (row.bookmark is None or row.bookmark[0] != at):
+                wanted.append((row, at))  # now: a block that is full is not kept as it was appended
         if not wanted:
             return
         queries = self.run([(row, at - 1) for row, at in wanted]).queries
@@ -128,18 +133,23 @@ class BookmarkIndex:
         """Pages that leave the first stage for queries at q_start: starts int64 [Hsel, n]. query [H, D]."""
         pages = whole_pages(q_start, policy)
         first, last = pages.start // self.page_tokens, -(-pages.stop // self.page_tokens)
-        shape = self.bookmarks.shape
-        keys = np.zeros((0, shape.n_kv_heads, shape.head_dim), dtype=np.float32)
-        if not keeps_all_pages(q_start, policy):
-            slots = row.page_ids.array[:last]
-            n_ready = self._pool.n_ready(layer, slots, self._versions_of(row)[:last])
-            if n_ready < last:
-                raise InternalError(
-                    f"bookmarks of {n_ready} of {last} pages are here: bring them up"
-                )
-            table = self._pool.summaries(layer, slots, last).tables[self._name]
-            keys = table.numpy()[slots[first:], :, 0, 0]
-        return choose_pages(query, keys, q_start, policy, self._log_scale[layer])
+        if keeps_all_pages(q_start, policy):
+            shape = self.bookmarks.shape
+            none = np.zeros((0, shape.n_kv_heads, shape.head_dim), dtype=np.float32)
+            return choose_pages(query, none, q_start, policy)
+        slots = row.page_ids.array[:last]
+        n_ready = self._pool.n_ready(layer, slots, self._versions_of(row)[:last])
+        if n_ready < last:
+            raise InternalError(f"bookmarks of {n_ready} of {last} pages are here: bring them up")
+        log_scale = self._log_scale[layer]
+        if not self._summaries.chooses_there(layer, policy):
+            keys = self._pool.bookmarks(layer, slots[first:])
+            return choose_pages(query, keys, q_start, policy, log_scale)
+
+        def keys_of(begin: int, end: int) -> np.ndarray:
+            return self._pool.bookmarks(layer, slots[begin:end])
+
+        return self._summaries.choose(layer, row, query, q_start, log_scale, last, keys_of)
 
     # --- the forward pass -----------------------------------------------------------------------
 
@@ -177,11 +187,33 @@ class BookmarkIndex:
             if not self._reader.mend_in_place(layer, row):
                 return read
 
-    def read(self, layer: int, row: Row, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(
+        self, layer: int, row: Row, positions: np.ndarray, show: Show | None = None
+    ) -> tuple[Tensor, Tensor]:
         """K and V [n, Hkv, page_tokens, D] of the tokens that end at these positions; zeros before the
-        text's start. The caller sees to `mend_in_place`."""
+        text's start. The caller sees to `mend_in_place`.
+
+        A format that rounds blocks: full ones are read as they were rounded, the one that a bookmark stands
+        in as it was appended. show: makes that the open block, where it may be another (prefill).
+        """
+        block_tokens = self._reader.geometry.block_tokens
+        inside = (positions + 1) % block_tokens != 0
+        groups = np.where(inside, positions // block_tokens, -1)
+        edges = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(positions)]
+        parts = []
+        for first, last in itertools.pairwise(edges):
+            here = int(positions[first]) if inside[first] else None
+            if show is not None and here is not None:
+                show(here)
+            parts.append(self._read(layer, row, positions[first:last], here))
+        keys, values = zip(*parts, strict=True)
+        return torch.cat(keys), torch.cat(values)
+
+    def _read(
+        self, layer: int, row: Row, positions: np.ndarray, inside: int | None
+    ) -> tuple[Tensor, Tensor]:
         ids = positions[:, None] + np.arange(1 - self.page_tokens, 1)
-        view = self._reader.selection_view(layer, row, int(positions.max()) + 1)
+        view = self._reader.selection_view(layer, row, int(positions.max()) + 1, inside)
         flat = torch.from_numpy(ids.reshape(-1))
         shape = (len(positions), self.page_tokens)
         keys, values = (

@@ -60,7 +60,7 @@ class CpuExecutor:
         self.bookmarks: BookmarkIndex | None = None
         if bookmarks is not None:
             self.bookmarks = BookmarkIndex(
-                bookmarks, model, policies, self.memory.reader, self.flow.versions_of
+                bookmarks, model, policies, self.memory.reader, self.flow.versions_of, self.index
             )
         self.attention = self._attention(policies)
         self.prefill_attention = self.attention

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bookmark_index import BookmarkIndex
+from .bookmark_index import BookmarkIndex, Show
 from .bookmarks import attend_own_page
 from .row import Row
 
@@ -58,11 +58,13 @@ class PrefillBookmarks:
         at = self._at.get(behind)
         return None if at is None else q[:, at].contiguous()
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, show: Show
+    ) -> Tensor:
         """Of each to the page before it and itself: [n, H, D]. Reads in place: the caller sees to `mend`."""
         if layer + 1 >= self._index.n_layers:
             return q.new_zeros(q.shape[1], q.shape[0], q.shape[2])  # of no use to anybody
-        page_k, page_v = self._index.read(layer, self._row, self._positions)
+        page_k, page_v = self._index.read(layer, self._row, self._positions, show)
         q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
         return attend_own_page(q, k, v, page_k, page_v, self._n_tokens, self._index.rope, scale)
 

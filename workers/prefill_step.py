@@ -49,7 +49,9 @@ class PrefillStep:
         while True:
             self._blocks(layer, q, own_k, own_v, out, scale)
             if beside is not None:
-                show = functools.partial(attention.memory.show, layer, row, self._start, own_k, own_v)
+                show = functools.partial(
+                    attention.memory.show, layer, row, self._start, own_k, own_v
+                )
                 out[n_tokens:] = beside.attend(layer, their_q, their_k, their_v, scale, show)
             # once for all blocks of the chunk: a check costs as much as reading every key
             if not attention.mend(layer, row):

@@ -13,17 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import ConfigError, NotFound
+from ..core.errors import ConfigError, InvalidInput, NotFound
 from ..core.page_key import PageKey
 from ..core.stage import LayerPolicy
 from ..kernels.ops import (
     PagedKV,
     Rope,
     TableName,
+    bookmark_table,
     candidate_end,
     check_tables,
+    choose_pages,
     select_blocks,
     tables_of,
+    whole_pages,
 )
 from .summary_pool import SummaryPool
 
@@ -46,12 +49,15 @@ def summary_tables(
 def first_tables(
     policies: Sequence[LayerPolicy], page_tokens: int
 ) -> tuple[tuple[TableName, ...], ...]:
-    """Per layer, the one table of its first stage, if that scores summaries."""
-    every = summary_tables(policies, page_tokens)
-    return tuple(
-        names[:1] if policy.stages and policy.stages[0].reads_summaries else ()
-        for names, policy in zip(every, policies, strict=True)
-    )
+    """Per layer, the one table of its first stage, if that scores summaries or bookmarks."""
+    found: list[tuple[TableName, ...]] = []
+    for names, policy in zip(summary_tables(policies, page_tokens), policies, strict=True):
+        if policy.by_bookmark:
+            found.append((bookmark_table(page_tokens),))
+        else:
+            scores = bool(policy.stages) and policy.stages[0].reads_summaries
+            found.append(names[:1] if scores else ())
+    return tuple(found)
 
 
 @dataclass
@@ -157,6 +163,25 @@ class Retriever:
             query_block=query_block,
         )
         return selection.blocks
+
+    def choose(
+        self, context_id: str, layer: int, query: Tensor, q_start: int, log_scale: float
+    ) -> Tensor:
+        """The first stage where bookmarks choose pages: starts int64 [Hsel, n], padded with -1. query [H, D]
+        of the bookmark, unrotated.
+
+        Raises InvalidInput if candidates were not added.
+        """
+        context, policy = self._context(context_id), self._policies[layer]
+        pages = whole_pages(q_start, policy)
+        first, last = (-(-at // self._page_tokens) for at in (pages.start, pages.stop))
+        if last > max(first, context.n_pages[layer]):
+            raise InvalidInput(
+                f"context {context_id!r} has bookmarks of {context.n_pages[layer]} pages in layer "
+                f"{layer}, {last} are asked for: add them first"
+            )
+        slots = np.array(context.slots[first:last], dtype=np.int64)
+        return choose_pages(query, self._pool.bookmarks(layer, slots), q_start, policy, log_scale)
 
     def _cut_view(
         self,

@@ -60,6 +60,13 @@ class RetrieverService:
         data = np.ascontiguousarray(blocks.numpy(), dtype="<i8")
         return Reply({"shape": list(blocks.shape)}, [data.tobytes()])
 
+    def _do_choose(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
+        query = _tensor(buffers[0], header["q_shape"])
+        numbers = {name: header[name] for name in ("q_start", "log_scale")}
+        pages = self._retriever.choose(header["context_id"], header["layer"], query, **numbers)
+        data = np.ascontiguousarray(pages.numpy(), dtype="<i8")
+        return Reply({"shape": list(pages.shape)}, [data.tobytes()])
+
     def _do_close(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         self._retriever.close(header["context_id"])
         return Reply({})

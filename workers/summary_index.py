@@ -1,7 +1,7 @@
 """A worker's side of the retriever: keeps summaries current, and asks for the coarse stage.
 
 With `retriever.remote` the first stage is scored where its summaries are; all others are kept here, by
-page, and handed to the selection.
+page, and handed to the selection. Bookmarks are made by `bookmark_index.py`, which lends its keys.
 """
 
 from __future__ import annotations
@@ -138,20 +138,51 @@ class SummaryIndex:
         cut_keys = gather_tokens(view, torch.arange(end - cut, end)) if cut else None
         return self._select_remote(layer, row, q, q_start, scale, query_block, cut_keys)
 
-    def _bring_up(self, layer: int, row: Row, view: PagedKV, n_pages: int) -> None:
-        """The retriever's summaries of the row's first n_pages full pages, as far as they are missing."""
+    def chooses_there(self, layer: int, policy: LayerPolicy) -> bool:
+        """Whether a retriever scores the bookmarks of a policy."""
+        return policy.by_bookmark and self._scored_there(layer, policy)
+
+    def choose(
+        self,
+        layer: int,
+        row: Row,
+        query: Tensor,
+        q_start: int,
+        log_scale: float,
+        n_pages: int,
+        keys_of: Callable[[int, int], np.ndarray],
+    ) -> Tensor:
+        """Pages chosen by bookmarks at the retriever. keys_of: of pages [first, last) below n_pages, asked
+        for if it does not know them."""
+        known = self._known_of(row)
+        first = known.get(layer, 0)
+        if first < n_pages:
+            keys = torch.from_numpy(keys_of(first, n_pages))
+            self._add(row, layer, first, n_pages, keys[:, :, None, None])
+            known[layer] = n_pages
+        header = {"context_id": row.row_id, "layer": layer, "q_start": q_start}
+        header |= {"log_scale": log_scale, "q_shape": list(query.shape)}
+        return _blocks(self._call(row, "choose", header, query))
+
+    def _known_of(self, row: Row) -> dict[int, int]:
         if row.row_id not in self._known:
             self._known[row.row_id] = self._open(row)
-        known = self._known[row.row_id]
+        return self._known[row.row_id]
+
+    def _add(self, row: Row, layer: int, first: int, last: int, rows: Tensor) -> None:
+        header = {"context_id": row.row_id, "layer": layer, "first_page": first}
+        header |= {"last_page": last, "shape": list(rows.shape)}
+        self._call(row, "add", header, rows)
+
+    def _bring_up(self, layer: int, row: Row, view: PagedKV, n_pages: int) -> None:
+        """The retriever's summaries of the row's first n_pages full pages, as far as they are missing."""
+        known = self._known_of(row)
         first = known.get(layer, 0)
         if first >= n_pages:
             return
         name = self._first[layer][0]
         for begin, end in pieces(name, first, n_pages, self._page_tokens):
-            rows = page_summaries(name, view, begin, end)
-            header = {"context_id": row.row_id, "layer": layer, "first_page": begin}
-            header |= {"last_page": end, "shape": list(rows.shape)}
-            self._call(row, "add", header, rows)
+            self._add(row, layer, begin, end, page_summaries(name, view, begin, end))
         known[layer] = n_pages
 
     def _open(self, row: Row) -> dict[int, int]:
@@ -181,8 +212,7 @@ class SummaryIndex:
         buffers = [_bytes(q)] + ([] if cut_keys is None else [_bytes(cut_keys)])
         channel = self._remote[self._shard(row)]
         reply = channel.call("select", header, buffers, timeout_s=self._timeout_s)
-        blocks = np.frombuffer(reply.buffers[0], dtype="<i8").reshape(reply.header["shape"])
-        return torch.from_numpy(blocks.copy())
+        return _blocks(reply)
 
     def _call(self, row: Row, method: str, header: dict[str, Any], data: Tensor | None) -> Any:
         buffers = [] if data is None else [_bytes(data)]
@@ -207,3 +237,8 @@ class SummaryIndex:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().numpy().reshape(-1).view(np.uint8).data
+
+
+def _blocks(reply: Any) -> Tensor:
+    blocks = np.frombuffer(reply.buffers[0], dtype="<i8").reshape(reply.header["shape"])
+    return torch.from_numpy(blocks.copy())

@@ -13,6 +13,7 @@ import torch
 from longreach.core.config import Config
 from longreach.core.errors import ConfigError
 from longreach.kernels import attend, score, select
+from longreach.kvstore.transport import serve
 from longreach.workers.bookmark_file import save_bookmarks, weights_fingerprint
 from longreach.workers.bookmark_index import BookmarkIndex
 from longreach.workers.bookmarks import Bookmarks, BookmarkShape
@@ -21,6 +22,7 @@ from longreach.workers.cpu_memory import CpuMemory
 from longreach.workers.engine import Engine
 from longreach.workers.layer_attention import LayerAttention
 from longreach.workers.model_source import recipe_for
+from longreach.workers.retriever_service import RetrieverService
 from longreach.workers.row import Row, RowState
 
 from .tiny import (
@@ -56,10 +58,12 @@ attention:
 """
 
 
-def make_bookmarks(rank: int | None = 4, seed: int = 3, page_tokens: int = PAGE) -> Bookmarks:
+def make_bookmarks(
+    rank: int | None = 4, seed: int = 3, page_tokens: int = PAGE, head_dim: int = 16
+) -> Bookmarks:
     """Random ones for a tiny model, far enough from its own projections to be told apart."""
     torch.manual_seed(seed)
-    bookmarks = Bookmarks(BookmarkShape(3, 64, 4, 2, 16, page_tokens, rank))
+    bookmarks = Bookmarks(BookmarkShape(3, 64, 4, 2, head_dim, page_tokens, rank))
     for parameter in bookmarks.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
     return bookmarks
@@ -71,9 +75,9 @@ def save(path: Path, bookmarks: Bookmarks, model: Path) -> Path:
     return path
 
 
-def preset_for(model: Path, directory: Path) -> str:
+def preset_for(model: Path, directory: Path, head_dim: int = 16) -> str:
     """A configuration that selects by bookmarks of this model."""
-    weights = save(directory / "weights.safetensors", make_bookmarks(), model)
+    weights = save(directory / "weights.safetensors", make_bookmarks(head_dim=head_dim), model)
     path = directory / "preset.yaml"
     path.write_text(POLICIES.format(weights=weights))
     return str(path)
@@ -241,8 +245,18 @@ def test_as_many_pages_as_there_are_give_the_dense_result(kind: str, tmp_path: P
         ("attention.policies.1.stages.0.top_p=0.5",),
         ("retriever.weights={whole}",),
         DECODE_ONLY,
+        ("attention.question_block=16", "worker.prefill_chunk_tokens=128"),
     ],
-    ids=["chunks of 64", "of 192", "small bank", "kv-group", "top_p", "whole", "decode only"],
+    ids=[
+        "chunks of 64",
+        "of 192",
+        "small bank",
+        "kv-group",
+        "top_p",
+        "whole",
+        "decode only",
+        "fine",
+    ],
 )
 def test_chunks_bank_and_companions_change_nothing(
     config: Any, llama: Path, watched: Watched, sets: tuple[str, ...], tmp_path: Path
@@ -291,18 +305,24 @@ def test_what_comes_later_changes_nothing(config: Any, watched: Watched) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "decode_only"), [*((kind, False) for kind in KINDS), ("llama", True)]
+    ("kind", "kv_dtype", "sets"),
+    [
+        *((kind, "float16", ()) for kind in KINDS),
+        ("llama", "float16", DECODE_ONLY),
+        ("llama", "int4c", ("attention.question_block=16",)),
+        ("llama", "int4c", DECODE_ONLY),
+    ],
 )
 def test_stored_pages_give_the_bookmarks_of_the_pass_that_made_them(
-    kind: str, tmp_path: Path, decode_only: bool
+    kind: str, kv_dtype: str, sets: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Bit by bit: keys of all pages, and the query of the prompt's last token."""
-    model = make_tiny(kind, tmp_path / kind)
-    preset = preset_for(model, tmp_path)
-    sets = DECODE_ONLY if decode_only else ()
-    config = tiny_config(model, *sets, "cache.kv_dtype=float16", files=[preset])
+    head_dim = 32 if kv_dtype == "int4c" else 16
+    model = make_tiny(kind, tmp_path / kind, head_dim=head_dim)
+    preset = preset_for(model, tmp_path, head_dim)
+    config = tiny_config(model, *sets, f"cache.kv_dtype={kv_dtype}", files=[preset])
     engine = make_engine(config)
-    engine.submit(request("row", prompts_of(1413)[0], N_NEW))
+    engine.submit(request("row", prompts_of(1413)[0], N_NEW, n_context=1370))
     row = step_until(engine, "row", RowState.DECODE)
     index, n_pages = index_of(engine), 1413 // PAGE
     assert row.bookmark is not None
@@ -394,6 +414,36 @@ def test_a_cancelled_row_leaves_the_shared_pages_to_the_others(config: Any) -> N
             if event.kind == "done":
                 done[event.row_id] = event.payload["token_ids"]
     assert done == {"row-1": alone[1]}
+
+
+@pytest.mark.parametrize("sets", [(), ("attention.policies.1.head_reduce=kv-group",), DECODE_ONLY])
+def test_pages_chosen_here_or_at_a_retriever_are_the_same(
+    config: Any, watched: Watched, sets: tuple[str, ...]
+) -> None:
+    """And after it was lost: what it knew is sent again."""
+    prompts = prompts_of(1300, 1200, shared=1100)
+    alone = [ask(make_engine(config(*sets)), prompt)[0] for prompt in prompts]
+    settings = config(*sets, "retriever.remote=true")
+    names = iter("abcdef")
+    services = [RetrieverService(settings, "retriever-0") for _ in range(2)]
+    servers = [
+        serve(service, f"mem://bookmarks-{len(sets)}-{sets[:1]}-{next(names)}")
+        for service in services
+    ]
+    try:
+        engine = make_engine(settings, None, {"retriever-0": servers[0].address})
+        engine.submit(request("row-0", prompts[0], N_NEW))
+        step_until(engine, "row-0", RowState.DECODE, n_tokens=4)
+        assert services[0]._retriever.stats()["contexts"] == 1
+        engine.update_retrievers({"retriever-0": servers[1].address})
+        engine.submit(request("row-1", prompts[1], N_NEW))
+        done = run_all(engine)
+        assert [done[f"row-{i}"]["token_ids"] for i in range(2)] == alone
+        assert services[1]._retriever.stats()["contexts"] == 0
+    finally:
+        for server in servers:
+            server.stop()
+    assert all(len(set(blocks)) == 1 for blocks in watched.blocks.values())
 
 
 def test_plain_torch_gives_the_kernels_tokens(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
