@@ -208,11 +208,6 @@ class Config(Section):
                 f"{path}: scorer bookmark is not done on a GPU yet; use bounds, mean or search, or "
                 "model.device: cpu"
             )
-        if self.cache.kv_dtype == "int4c":
-            raise ValueError(
-                f"{path}: scorer bookmark reads keys that cache.kv_dtype int4c has not rounded yet; use "
-                "int4 or int8"
-            )
         if self.retriever.weights is None:
             raise ValueError(
                 f"{path}: scorer bookmark needs retriever.weights: a file of trained bookmarks, or "

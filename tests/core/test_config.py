@@ -245,10 +245,6 @@ _WITH_WEIGHTS = ["cache.page_tokens=128", "retriever.weights=w", "attention.poli
     [
         (["retriever.weights=null"], "policies.0: scorer bookmark needs retriever.weights"),
         (["model.device=cuda"], "policies.0: scorer bookmark is not done on a GPU yet"),
-        (
-            ["cache.kv_dtype=int4c", "attention.policies.0.window=192"],
-            "policies.0: scorer bookmark reads keys that cache.kv_dtype int4c",
-        ),
         (["cache.page_tokens=256"], "its chunk (128) must be cache.page_tokens (256)"),
         (["attention.policies.0.sink=64"], "and sink (64) a multiple of it"),
     ],
