@@ -17,6 +17,7 @@ from .cli_kv import kv_app
 from .cli_plan import plan
 from .cli_serve import serve
 from .cli_top import top
+from .cli_train import train_retriever
 
 # transformers and Ray print advice for other people at import; set before either is loaded
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -39,6 +40,7 @@ app.add_typer(kv_app, name="kv")
 for command in (serve, submit, jobs, watch, results, cancel, generate, plan, top, demo):
     app.command()(command)
 app.command("dense")(ask_dense)
+app.command("train-retriever")(train_retriever)
 
 
 @config_app.command("show")

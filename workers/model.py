@@ -99,6 +99,16 @@ class ModelAdapter:
         if own_kernels:
             self._blocks = find_blocks(model, lambda ids, step: self._by_modules(ids, step, True))
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers, for who runs them otherwise: bookmarks do."""
+        return list(self._model.model.layers)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._model.model.embed_tokens.weight  # type: ignore[no-any-return]
+
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor, step: AttentionStep, *, decode: bool) -> Tensor:
         """token_ids int64 [T] (packed tokens of one chunk, or one per decoding row) -> [T, hidden]."""

@@ -1,0 +1,118 @@
+"""`longreach train-retriever`: bookmarks for a model, from any text. No gateway, no GPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.config import load_config
+from ..core.errors import InvalidInput
+from .cli_base import ConfigFiles, Sets, out
+
+LOSSES = ("kl", "contrastive", "both")
+
+
+def train_retriever(
+    out_file: Annotated[Path, typer.Option("--out", help="Where the weights go: .safetensors.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="JSONL of context, question, and answer or gold; may be repeated."),
+    ] = [],  # noqa: B006
+    text: Annotated[
+        list[Path], typer.Option(help="Text file, or folder of them; may be repeated.")
+    ] = [],  # noqa: B006
+    packages: Annotated[
+        list[str],
+        typer.Option(
+            "--package",
+            help="Installed package whose documentation is read, 'python' for its own library; may be "
+            "repeated. Without any data, text and package: a fixed few.",
+        ),
+    ] = [],  # noqa: B006
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="What is done with text, in turn: text, needle, needles, key-value, sentences."
+        ),
+    ] = "text,needles,text,key-value,text,sentences",
+    loss: Annotated[
+        str,
+        typer.Option(help="kl: the dense model's attention; contrastive: gold pages; or both."),
+    ] = "kl",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Of what is added to the projections; 0: whole matrices.")
+    ] = 32,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 64,
+    context_tokens: Annotated[
+        int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
+    ] = 4096,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Contexts of other documents, to measure recall on.")
+    ] = 8,
+    per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 2,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between recalls.")] = 100,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    work_dir: Annotated[
+        Path, typer.Option(help="Captured contexts (about 100 MB each) and the checkpoint.")
+    ] = Path(".longreach/train"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --work-dir.")
+    ] = False,
+    curve: Annotated[
+        Path | None, typer.Option(help="JSON file for losses and recall by step.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    config: ConfigFiles = [],  # noqa: B006
+    set_: Sets = [],  # noqa: B006
+) -> None:
+    """Train the bookmarks (RetroLM) of a model, which stays as it is.
+
+    The model reads each context once with dense attention; what it computed is kept in --work-dir, so the
+    same data is read once however many runs there are. Needs a CPU only.
+    """
+    from ..workers.train_retriever import TrainingPlan
+    from ..workers.train_run import Run, Sources, run_training
+    from ..workers.train_streams import DataPlan
+    from .train_view import TrainView, summary, write_curve
+
+    if loss not in LOSSES:
+        raise InvalidInput(f"--loss is {loss!r}; it is one of {', '.join(LOSSES)}")
+    if out_file.suffix != ".safetensors":
+        raise InvalidInput(f"--out is {out_file}; its name must end with .safetensors")
+    model = load_config(config, set_).model
+    run = Run(
+        out=out_file,
+        work_dir=work_dir,
+        model=model,
+        sources=Sources(tuple(packages), tuple(text), tuple(data)),
+        data=DataPlan(
+            n_contexts=contexts,
+            n_held_out=held_out,
+            context_tokens=context_tokens,
+            tasks=tuple(name.strip() for name in tasks.split(",")),
+            seed=seed,
+        ),
+        plan=TrainingPlan(
+            n_steps=steps,
+            n_contexts=per_step,
+            loss=loss,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            seed=seed,
+            evaluate_every=evaluate_every,
+        ),
+        rank=rank or None,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+    )
+    view = TrainView(out, steps)
+    started_s = time.monotonic()
+    with view.shown():
+        card = run_training(run, view)
+    if curve is not None:
+        write_curve(curve, view.log)
+    out.print(summary(run, card, time.monotonic() - started_s))

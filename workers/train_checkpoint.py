@@ -1,0 +1,77 @@
+"""Checkpoints of a training run: bookmarks, the optimizer's moments, the step, the losses so far."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..core.errors import FailedPrecondition, InvalidInput
+from .train_retriever import Training
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def save_checkpoint(
+    path: Path, training: Training, about: dict[str, Any], log: list[dict[str, float]]
+) -> None:
+    """about: data and model of the run, which a later run has to share."""
+    tensors: dict[str, Tensor] = dict(training.bookmarks.state_dict())
+    for name, parameter in training.bookmarks.named_parameters():
+        for moment, value in training.optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = torch.as_tensor(value)
+    made = {"step": training.step, "log": log, "run": run_of(training, about)}
+    part = path.with_suffix(".part")
+    save_file(
+        {k: v.detach().contiguous() for k, v in tensors.items()}, part, {"run": json.dumps(made)}
+    )
+    os.replace(part, path)
+
+
+def load_checkpoint(
+    path: Path, training: Training, about: dict[str, Any]
+) -> list[dict[str, float]]:
+    """Put a run back to where it was saved. Returns its log.
+
+    Raises InvalidInput for a file that cannot be read, FailedPrecondition where the run differs.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            made = json.loads((file.metadata() or {})["run"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as exc:
+        raise InvalidInput(
+            f"checkpoint {path} cannot be read: {exc}; start without --resume"
+        ) from exc
+    wanted = json.loads(json.dumps(run_of(training, about)))
+    if made["run"] != wanted:
+        differing = [key for key in wanted if made["run"].get(key) != wanted[key]]
+        raise FailedPrecondition(
+            f"checkpoint {path} was made with other {', '.join(differing)}; give the same ones, or "
+            "start without --resume"
+        )
+    moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
+    training.bookmarks.load_state_dict({k: v for k, v in tensors.items() if "/" not in k})
+    for name, parameter in training.bookmarks.named_parameters():
+        kept = {
+            moment: moments[f"{moment}/{name}"]
+            for moment in MOMENTS
+            if f"{moment}/{name}" in moments
+        }
+        if kept:
+            training.optimizer.state[parameter] = kept
+    training.step = int(made["step"])
+    return list(made["log"])
+
+
+def run_of(training: Training, about: dict[str, Any]) -> dict[str, Any]:
+    """What two halves of a run must have in common."""
+    shape = asdict(training.bookmarks.shape)
+    return {"plan": asdict(training.plan), "shape": shape, **about}

@@ -1,0 +1,237 @@
+"""Training of a bookmark retriever: the model is frozen, only what a bookmark adds to it learns.
+
+A step takes a few captured contexts, puts pages on a grid that begins anywhere, runs one forward of all
+their bookmarks and compares each layer's scores with the dense model's attention, or with gold pages.
+Nothing random outlives a step: its generator is made of the seed and the step's number, so that a run
+that is taken up again goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.ops import Rope
+from .bookmarks import Bookmarks, BookmarkStates, run_bookmarks
+from .train_capture import CELL, Capture
+from .train_losses import (
+    WINDOW,
+    candidates,
+    contrastive_loss,
+    kl_loss,
+    page_mass,
+    recall,
+    scaled_scores,
+)
+
+Loss = Literal["kl", "contrastive", "both"]
+FIRST_LAYER = 2
+"""Layers before it carry no loss: at layer 0 all bookmarks are equal, and policies select there otherwise."""
+RECALL_SHARES = (1 / 8, 1 / 3)
+"""Of the candidate pages, at which recall is told."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run does, apart from its data; a checkpoint fits only the plan it was made with."""
+
+    n_steps: int = 1000
+    n_contexts: int = 2
+    """Per step."""
+    n_queries: int = 32
+    """Bookmarks per context that only ask, beside those of the pages."""
+    loss: Loss = "kl"
+    learning_rate: float = 1e-3
+    warm_up_share: float = 0.05
+    last_rate_share: float = 0.05
+    """Of the learning rate, where the cosine ends."""
+    contrastive_weight: float = 0.2
+    """Beside KL, where both are wanted."""
+    seed: int = 0
+    evaluate_every: int = 100
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: a linear warm-up, then a cosine."""
+        warm_up = max(1, round(self.n_steps * self.warm_up_share))
+        if step < warm_up:
+            return self.learning_rate * (step + 1) / warm_up
+        done = (step - warm_up) / max(1, self.n_steps - warm_up)
+        share = self.last_rate_share
+        return self.learning_rate * (share + (1 - share) * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What training needs of the model: its decoder layers, as transformers has them, and its RoPE."""
+
+    layers: Sequence[Any]
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where bookmarks stand in a context: int64 positions of page ends [m], and of all that ask [n],
+    which begin with the page ends. asks: number of the question at a position, -1 elsewhere."""
+
+    page_ends: Tensor
+    positions: Tensor
+    asks: tuple[int, ...]
+
+
+def grid_of(capture: Capture, page_tokens: int, offset: int, extra: Sequence[int]) -> Grid:
+    """Pages that begin at `offset`; extra: further positions; the questions' positions are added."""
+    page_ends = torch.arange(offset + page_tokens - 1, capture.n_tokens, page_tokens)
+    asked = [ask.position for ask in capture.asks]
+    positions = torch.cat((page_ends, torch.tensor([*extra, *asked], dtype=torch.int64)))
+    asks = (-1,) * (len(positions) - len(asked)) + tuple(range(len(asked)))
+    return Grid(page_ends, positions, asks)
+
+
+def random_grid(capture: Capture, page_tokens: int, n_extra: int, rng: random.Random) -> Grid:
+    """A grid at a random offset, and queries anywhere in the later three quarters."""
+    offset = rng.randrange(0, page_tokens, CELL)
+    cells = range(capture.n_tokens // CELL // 4, capture.n_tokens // CELL)
+    extra = [cell * CELL + CELL - 1 for cell in rng.choices(cells, k=n_extra)]
+    return grid_of(capture, page_tokens, offset, extra)
+
+
+def gold_pages(capture: Capture, grid: Grid, page_tokens: int) -> Tensor:
+    """bool [n, m]: pages that hold an answer to the question asked at a position."""
+    found = torch.zeros(len(grid.positions), len(grid.page_ends), dtype=torch.bool)
+    for row, number in enumerate(grid.asks):
+        if number >= 0:
+            for start, end in capture.asks[number].gold:
+                found[row] |= (grid.page_ends >= start) & (grid.page_ends - page_tokens + 1 < end)
+    return found
+
+
+def states_of(
+    bookmarks: Bookmarks, frozen: Frozen, placed: Sequence[tuple[Capture, Tensor]]
+) -> BookmarkStates:
+    """One forward of the bookmarks at the positions of several contexts, in their order."""
+    page_tokens = bookmarks.shape.page_tokens
+    keys_values = [capture.keys_values() for capture, _ in placed]
+    before = torch.arange(1 - page_tokens, 1)
+    where = [(positions[:, None] + before).clamp(min=0) for _, positions in placed]
+
+    def pages(layer: int) -> tuple[Tensor, Tensor]:
+        cut = [kv[layer][:, :, at] for kv, at in zip(keys_values, where, strict=True)]
+        k, v = torch.cat(cut, dim=2).float().transpose(1, 2)
+        return k, v
+
+    n_tokens = torch.cat([positions + 1 for _, positions in placed]).clamp(max=page_tokens)
+    return run_bookmarks(bookmarks, frozen.layers, frozen.rope, pages, n_tokens)
+
+
+class Training:
+    """Bookmarks, their optimizer and the step they have reached."""
+
+    def __init__(self, bookmarks: Bookmarks, frozen: Frozen, plan: TrainingPlan) -> None:
+        self.bookmarks, self.plan, self.step = bookmarks, plan, 0
+        self.frozen = frozen
+        named = dict(bookmarks.named_parameters())
+        own = [named.pop("embedding"), named.pop("log_scale")]
+        groups = [{"params": list(named.values()), "times": 1.0}, {"params": own, "times": 3.0}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+
+    def train_step(self, captures: Sequence[Capture]) -> dict[str, float]:
+        """One step on contexts drawn from these. Returns its losses, means over layers."""
+        rng = random.Random(f"{self.plan.seed} {self.step}")
+        chosen = [captures[i] for i in self._drawn(len(captures))]
+        page_tokens = self.bookmarks.shape.page_tokens
+        grids = [random_grid(c, page_tokens, self.plan.n_queries, rng) for c in chosen]
+        losses = self._losses(chosen, grids)
+        total = sum(losses.values())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate(self.step) * group["times"]
+        self.optimizer.zero_grad()
+        total.backward()  # type: ignore[union-attr]
+        norm = nn.utils.clip_grad_norm_(self.bookmarks.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return {name: float(loss.detach()) for name, loss in losses.items()} | {"norm": float(norm)}
+
+    def _drawn(self, n: int) -> list[int]:
+        """Every context once in each round, in an order of its own."""
+        first, found = self.step * self.plan.n_contexts, []
+        for at in range(first, first + self.plan.n_contexts):
+            order = random.Random(f"{self.plan.seed} round {at // n}").sample(range(n), n)
+            found.append(order[at % n])
+        return found
+
+    def _losses(self, captures: Sequence[Capture], grids: Sequence[Grid]) -> dict[str, Tensor]:
+        bookmarks, plan = self.bookmarks, self.plan
+        page_tokens = bookmarks.shape.page_tokens
+        placed = [(c, grid.positions) for c, grid in zip(captures, grids, strict=True)]
+        states = states_of(bookmarks, self.frozen, placed)
+        sizes = [len(grid.positions) for grid in grids]
+        parts = list(zip(states.queries.split(sizes, 1), states.keys.split(sizes, 1), strict=True))
+        keys = [k[:, : len(grid.page_ends)] for (_, k), grid in zip(parts, grids, strict=True)]
+        losses: dict[str, list[Tensor]] = {}
+        for i, (capture, grid) in enumerate(zip(captures, grids, strict=True)):
+            scores = scaled_scores(parts[i][0], keys[i], bookmarks.log_scale)
+            near = candidates(grid.page_ends, grid.positions)
+            if plan.loss != "contrastive":
+                mass = page_mass(capture.mass(), grid.page_ends, page_tokens, grid.positions)
+                far = candidates(grid.page_ends, grid.positions, WINDOW)
+                terms = (kl_loss(scores, mass, near) + kl_loss(scores, mass, far)) / 2
+                losses.setdefault("kl", []).append(terms[FIRST_LAYER:].mean())
+            if plan.loss != "kl":
+                gold = gold_pages(capture, grid, page_tokens)
+                foreign = [k for j, k in enumerate(keys) if j != i]
+                others = None
+                if foreign:
+                    others = scaled_scores(
+                        parts[i][0], torch.cat(foreign, dim=1), bookmarks.log_scale
+                    )
+                terms = contrastive_loss(scores, gold, near, others)[FIRST_LAYER:].mean()
+                weight = plan.contrastive_weight if plan.loss == "both" else 1.0
+                losses.setdefault("contrastive", []).append(terms * weight)
+        return {name: torch.stack(found).mean() for name, found in losses.items()}
+
+
+@torch.no_grad()
+def evaluate(bookmarks: Bookmarks, frozen: Frozen, captures: Sequence[Capture]) -> dict[str, float]:
+    """Recall of the dense model's mass on held-out contexts, pages on the real grid: means over layers
+    with loss, over queries and over both roles (the block, the tokens after)."""
+    found: dict[str, list[Tensor]] = {}
+    page_tokens = bookmarks.shape.page_tokens
+    for capture in captures:
+        grid = grid_of(capture, page_tokens, 0, [])
+        states = states_of(bookmarks, frozen, [(capture, grid.positions)])
+        keys = states.keys[:, : len(grid.page_ends)]
+        scores = scaled_scores(states.queries, keys, bookmarks.log_scale)
+        mass = page_mass(capture.mass(), grid.page_ends, page_tokens, grid.positions)
+        for name, window in (("all", 0), ("far", WINDOW)):
+            allowed = candidates(grid.page_ends, grid.positions, window)
+            asked = allowed.sum(dim=-1) >= 8
+            for share in RECALL_SHARES:
+                kept = recall(scores, mass, allowed, share)[:, FIRST_LAYER:, asked]
+                found.setdefault(f"recall {name} {share:.3f}", []).append(kept.flatten())
+            if name == "all":
+                found.setdefault("kl", []).append(kl_loss(scores, mass, allowed)[FIRST_LAYER:])
+    return {name: float(torch.cat(parts).nanmean()) for name, parts in found.items()}
+
+
+def prepare(
+    bookmarks: Bookmarks, embedding: Tensor, frozen: Frozen, captures: Sequence[Capture]
+) -> None:
+    """Start of training: the embedding of a token that the model knows as an end, and scores of every
+    layer scaled to spread by about one."""
+    bookmarks.embedding.data.copy_(embedding)
+    bookmarks.log_scale.data.zero_()
+    spreads = []
+    with torch.no_grad():
+        for capture in captures[:2]:
+            grid = grid_of(capture, bookmarks.shape.page_tokens, 0, [])
+            states = states_of(bookmarks, frozen, [(capture, grid.page_ends)])
+            scores = scaled_scores(states.queries, states.keys, bookmarks.log_scale)
+            spreads.append(scores.std(dim=-1).mean(dim=-1))
+    spread = torch.stack(spreads).mean(dim=0)
+    bookmarks.log_scale.data.copy_(-spread.clamp(min=1e-3).log().clamp(-3, 3))
