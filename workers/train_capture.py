@@ -29,7 +29,7 @@ CELL = 16
 """Tokens per side of a cell of attention mass."""
 PIECE = 256
 """Queries whose probabilities exist at a time."""
-REVISION = 1
+REVISION = 2
 """Of the files: raise it when what they hold changes."""
 
 Say = Callable[[str], None]
@@ -59,8 +59,8 @@ class Capture:
     def n_tokens(self) -> int:
         return len(self.token_ids)
 
-    def keys_values(self) -> Tensor:
-        """Unrotated, float16 [L, 2 (K, V), Hkv, T, D]"""
+    def rotated_keys_values(self) -> Tensor:
+        """float16 [L, 2 (K, V), Hkv, T, D], keys rotated to their positions"""
         return self._read("kv")
 
     def mass(self) -> Tensor:
@@ -75,6 +75,10 @@ class Capture:
         """Unrotated, float16 [L, H, T, D]; full captures only."""
         return self._read("queries")
 
+    def keys(self) -> Tensor:
+        """Unrotated, float16 [L, Hkv, T, D]; full captures only."""
+        return self._read("keys")
+
     @functools.cached_property
     def _about(self) -> dict[str, str]:
         with safe_open(self.path, framework="pt") as file:
@@ -87,7 +91,7 @@ class Capture:
 
 
 class MassStep:
-    """Exact causal attention over one prompt, which keeps K, V and the mass of every cell."""
+    """Exact causal attention over one prompt, which keeps rotated K, V and the mass of every cell."""
 
     def __init__(
         self, rope: Rope, shape: tuple[int, int, int, int], n_tokens: int, *, full: bool
@@ -98,16 +102,17 @@ class MassStep:
         self._rope = rope
         self.kv = torch.empty(n_layers, 2, n_kv_heads, n_tokens, head_dim, dtype=torch.float16)
         self.mass = torch.zeros(n_layers, n_heads, n, n, dtype=torch.float16)
-        self.queries = torch.empty(
-            n_layers, n_heads, n_tokens if full else 0, head_dim, dtype=torch.float16
-        )
+        n_kept = n_tokens if full else 0
+        self.queries = torch.empty(n_layers, n_heads, n_kept, head_dim, dtype=torch.float16)
+        self.keys = torch.empty(n_layers, n_kv_heads, n_kept, head_dim, dtype=torch.float16)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         n_heads, n_tokens, dim = q.shape
-        self.kv[layer] = torch.stack((k, v))
-        self.queries[layer] = q[:, : self.queries.shape[2]]
+        n_kept = self.queries.shape[2]
+        self.queries[layer], self.keys[layer] = q[:, :n_kept], k[:, :n_kept]
         where = torch.arange(n_tokens)
         keys, queries = self._rope.rotate(k, where), self._rope.rotate(q, where)
+        self.kv[layer] = torch.stack((keys, v))
         out = torch.empty(n_tokens, n_heads, dim)
         for at in range(0, n_tokens, PIECE):
             piece = queries[:, at : at + PIECE]
@@ -142,7 +147,7 @@ def capture(model: ModelAdapter, stream: Stream, path: Path, *, full: bool = Fal
     model.hidden(token_ids, step, decode=False)
     kept = {"token_ids": token_ids, "kv": step.kv, "mass": step.mass.float().sum(dim=1).half()}
     if full:
-        kept |= {"head_mass": step.mass, "queries": step.queries}
+        kept |= {"head_mass": step.mass, "queries": step.queries, "keys": step.keys}
     asks = [(ask.position, ask.gold) for ask in stream.asks if ask.position < n_tokens]
     part = path.with_suffix(".part")
     save_file(kept, part, {"name": stream.name, "asks": json.dumps(asks)})

@@ -12,14 +12,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.ops import Rope
-from .bookmarks import Bookmarks, BookmarkStates, run_bookmarks
+from .bookmarks import Bookmarks
 from .train_capture import CELL, Capture
+from .train_forward import Frozen, states_of
 from .train_losses import (
     WINDOW,
     candidates,
@@ -67,14 +67,6 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """What training needs of the model: its decoder layers, as transformers has them, and its RoPE."""
-
-    layers: Sequence[Any]
-    rope: Rope
-
-
-@dataclass(frozen=True)
 class Grid:
     """Where bookmarks stand in a context: int64 positions of page ends [m], and of all that ask [n],
     which begin with the page ends. asks: number of the question at a position, -1 elsewhere."""
@@ -109,24 +101,6 @@ def gold_pages(capture: Capture, grid: Grid, page_tokens: int) -> Tensor:
             for start, end in capture.asks[number].gold:
                 found[row] |= (grid.page_ends >= start) & (grid.page_ends - page_tokens + 1 < end)
     return found
-
-
-def states_of(
-    bookmarks: Bookmarks, frozen: Frozen, placed: Sequence[tuple[Capture, Tensor]]
-) -> BookmarkStates:
-    """One forward of the bookmarks at the positions of several contexts, in their order."""
-    page_tokens = bookmarks.shape.page_tokens
-    keys_values = [capture.keys_values() for capture, _ in placed]
-    before = torch.arange(1 - page_tokens, 1)
-    where = [(positions[:, None] + before).clamp(min=0) for _, positions in placed]
-
-    def pages(layer: int) -> tuple[Tensor, Tensor]:
-        cut = [kv[layer][:, :, at] for kv, at in zip(keys_values, where, strict=True)]
-        k, v = torch.cat(cut, dim=2).float().transpose(1, 2)
-        return k, v
-
-    n_tokens = torch.cat([positions + 1 for _, positions in placed]).clamp(max=page_tokens)
-    return run_bookmarks(bookmarks, frozen.layers, frozen.rope, pages, n_tokens)
 
 
 class Training:
@@ -199,7 +173,8 @@ class Training:
 @torch.no_grad()
 def evaluate(bookmarks: Bookmarks, frozen: Frozen, captures: Sequence[Capture]) -> dict[str, float]:
     """Recall of the dense model's mass on held-out contexts, pages on the real grid: means over layers
-    with loss, over queries and over both roles (the block, the tokens after)."""
+    with loss, over queries and over both roles (the block, the tokens after). What no query has enough
+    candidates for is left out."""
     found: dict[str, list[Tensor]] = {}
     page_tokens = bookmarks.shape.page_tokens
     for capture in captures:
@@ -216,7 +191,8 @@ def evaluate(bookmarks: Bookmarks, frozen: Frozen, captures: Sequence[Capture]) 
                 found.setdefault(f"recall {name} {share:.3f}", []).append(kept.flatten())
             if name == "all":
                 found.setdefault("kl", []).append(kl_loss(scores, mass, allowed)[FIRST_LAYER:])
-    return {name: float(torch.cat(parts).nanmean()) for name, parts in found.items()}
+    means = {name: float(torch.cat(parts).nanmean()) for name, parts in found.items()}
+    return {name: value for name, value in means.items() if not math.isnan(value)}
 
 
 def prepare(

@@ -27,8 +27,9 @@ from .train_data import (
     package_documents,
     read_jsonl,
 )
+from .train_forward import Frozen
 from .train_prompt import StreamBuilder
-from .train_retriever import Frozen, Training, TrainingPlan, evaluate, prepare
+from .train_retriever import Training, TrainingPlan, evaluate, prepare
 from .train_streams import DataPlan, streams
 
 

@@ -99,7 +99,7 @@ def _fitting(
         over = builder.build(example).n_tokens - n_tokens
         if over <= 0:
             return example
-        room -= over + 8
+        room = max(0, room - over - 8)
     raise InvalidInput(f"task {name} does not fit into {n_tokens} tokens; use longer contexts")
 
 

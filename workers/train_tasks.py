@@ -33,6 +33,9 @@ _KINDS = _pool(
 _SYLLABLES = _pool("ba|ke|li|mo|nu|ra|sho|ti|ve|zu|dor|fen|gal|hir|jas|kol|mar|nel|pol|quin")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 MIN_SENTENCE, MAX_SENTENCE = 60, 300
+GROUP = 6
+"""Records that stand together."""
+CHARACTERS_PER_GROUP = 1500
 
 
 def needle(text: str, rng: random.Random) -> Example:
@@ -59,13 +62,14 @@ def needles(text: str, rng: random.Random) -> Example:
 
 def key_value(text: str, rng: random.Random) -> Example:
     """Records of invented keys in groups all over the text, some of which are asked for."""
-    keys = [_name(rng) for _ in range(12 * N_QUESTIONS)]
+    n_groups = min(8, max(2, len(text) // CHARACTERS_PER_GROUP))
+    keys = [_name(rng) for _ in range(GROUP * n_groups)]
     records = [f"{key}: {rng.randint(1000, 9999)}-{_name(rng)}" for key in keys]
-    groups = [records[i : i + 6] for i in range(0, len(records), 6)]
+    groups = [records[i : i + GROUP] for i in range(0, len(records), GROUP)]
     context, spans = placed(text, ["\n" + "\n".join(group) + "\n" for group in groups], rng)
     questions = []
     for i in rng.sample(range(len(records)), N_QUESTIONS):
-        start = context.index(records[i], spans[i // 6][0])
+        start = context.index(records[i], spans[i // GROUP][0])
         gold = ((start, start + len(records[i])),)
         questions.append(Question(f"Which value stands beside {keys[i]}?", records[i], gold))
     return Example("key-value", context, tuple(questions))

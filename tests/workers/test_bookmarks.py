@@ -38,10 +38,10 @@ def random_bookmarks(model: ModelAdapter, rank: int | None = 4) -> Bookmarks:
 def keys_values(model: ModelAdapter, token_ids: torch.Tensor) -> torch.Tensor:
     """[L, 2, Hkv, T, D] float32 of dense attention."""
     shape = (model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim)
-    step = MassStep(model.rope, shape, len(token_ids), full=False)
-    step.kv = step.kv.float()
+    step = MassStep(model.rope, shape, len(token_ids), full=True)
+    step.kv, step.keys = step.kv.float(), step.keys.float()
     model.hidden(token_ids, step, decode=False)
-    return step.kv
+    return torch.stack((step.keys, step.kv[:, 1]), dim=1)
 
 
 def run(model: ModelAdapter, bookmarks: Bookmarks, kv: torch.Tensor, positions: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -56,9 +56,7 @@ def run(model: ModelAdapter, bookmarks: Bookmarks, kv: torch.Tensor, positions: 
         return run_bookmarks(bookmarks, model.layers, model.rope, pages, n_tokens)
 
 
-def test_nothing_added_is_one_more_token_of_the_model(
-    directory: Path, model: ModelAdapter
-) -> None:
+def test_nothing_added_is_one_more_token_of_the_model(directory: Path, model: ModelAdapter) -> None:
     """Transformers reads a page and the bookmark's embedding at the last token's position: same queries and
     keys in every layer."""
     from transformers import AutoModelForCausalLM

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from longreach.core.errors import ContextTooLong
+from longreach.kernels.ops import Rope
 from longreach.workers.model import ModelAdapter
 from longreach.workers.train_capture import CELL, CaptureFolder
 from longreach.workers.train_prompt import Ask, Stream
@@ -24,6 +26,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stream_of(n_tokens: int, seed: int = 0) -> Stream:
     ids = np.random.default_rng(seed).integers(0, VOCAB, n_tokens)
     return Stream("a stream", ids, (Ask(40, ((3, 9), (20, 21))), Ask(n_tokens - 1, ())))
+
+
+def rope_of(plain: Any) -> Rope:
+    return Rope(plain.model.rotary_emb.inv_freq)
 
 
 def test_mass_and_keys_are_those_of_transformers(directory: Path, tmp_path: Path) -> None:
@@ -52,11 +58,11 @@ def test_mass_and_keys_are_those_of_transformers(directory: Path, tmp_path: Path
                 getattr(layer.self_attn, f"{side}_proj")(normed).unflatten(-1, (-1, 16))
                 for side in "qkv"
             ]
-        stored = (found.queries()[i], *found.keys_values()[i])
-        for kept, wanted in zip(stored, heads, strict=True):
-            torch.testing.assert_close(
-                kept.float(), wanted.transpose(0, 1), rtol=2e-3, atol=2e-3
-            )
+        q, k, v = (head.transpose(0, 1) for head in heads)
+        rotated = rope_of(plain).rotate(k, torch.arange(n * CELL))
+        stored = (found.queries()[i], found.keys()[i], *found.rotated_keys_values()[i])
+        for kept, wanted in zip(stored, (q, k, rotated, v), strict=True):
+            torch.testing.assert_close(kept.float(), wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_a_context_is_read_once(directory: Path, tmp_path: Path) -> None:

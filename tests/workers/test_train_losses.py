@@ -70,7 +70,9 @@ def test_contrastive_is_the_share_of_the_gold_pages() -> None:
     allowed = torch.ones(3, 5, dtype=torch.bool)
     allowed[1, 0] = False
     gold = torch.zeros(3, 5, dtype=torch.bool)
-    gold[0, 2] = gold[0, 4] = gold[1, 0] = gold[2, 1] = True  # of the second the gold is no candidate
+    gold[0, 2] = gold[0, 4] = gold[1, 0] = gold[2, 1] = (
+        True  # of the second the gold is no candidate
+    )
     for layer, loss in enumerate(contrastive_loss(scores, gold, allowed, others)):
         terms = []
         for row, pages in ((0, [2, 4]), (2, [1])):
