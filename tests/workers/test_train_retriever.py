@@ -209,7 +209,7 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(small: Run, directory: Path
     whole = load_bookmarks(small.out, directory)
     assert [row["step"] for row in progress.log] == list(range(6))
     assert [step for step, row in enumerate(progress.log, 1) if "recall all 0.333" in row] == [3, 6]
-    assert card == read_card(small.out)
+    assert json.loads(card.model_dump_json()) == json.loads(read_card(small.out).model_dump_json())
     assert card.recall == {k: v for k, v in progress.log[-1].items() if k.startswith("recall")}
     assert card.training["contexts"] == 3
 
