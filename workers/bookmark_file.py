@@ -47,8 +47,8 @@ class Card(BaseModel):
     rank: int | None
     model: str
     """The model's name, for people."""
-    model_fingerprint: str
-    """Of its weights, as `weights_fingerprint` gives it."""
+    model_fingerprint: str | None = None
+    """Of its weights, as the function of that name gives it; None fits any model of the shape."""
     fingerprint: str
     """Of these bookmarks, hexadecimal."""
     training: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def _rounded(bookmarks: Bookmarks) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().half().contiguous() for name, tensor in named}
 
 
-def weights_fingerprint(directory: Path) -> str:
+def model_fingerprint(directory: Path) -> str:
     """Of a model's tensors: their names, shapes and bytes, whatever files they lie in. What else stands in
     its folder, such as the version of the library that wrote it, does not count."""
     paths = sorted(directory.glob("*.safetensors"))
@@ -115,10 +115,10 @@ def save_bookmarks(
     path: Path,
     bookmarks: Bookmarks,
     *,
-    model: str,
-    model_fingerprint: str,
-    training: dict[str, Any],
-    recall: dict[str, float],
+    model: str = "a model",
+    model_fingerprint: str | None = None,
+    training: dict[str, Any] | None = None,
+    recall: dict[str, float] | None = None,
 ) -> Card:
     """Write the weights in float16 with their card; the file is replaced at once."""
     card = Card(
@@ -126,8 +126,8 @@ def save_bookmarks(
         model=model,
         model_fingerprint=model_fingerprint,
         fingerprint=fingerprint(bookmarks).hex(),
-        training=training,
-        recall=recall,
+        training=training or {},
+        recall=recall or {},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -136,35 +136,45 @@ def save_bookmarks(
     return card
 
 
-def load_bookmarks(path: Path | str, model_directory: Path) -> Bookmarks:
-    """The bookmarks in a file, checked against the model that will run them.
+def load_bookmarks(path: Path | str, model_directory: Path | None = None) -> Bookmarks:
+    """The bookmarks in a file, checked against the model that will run them, if it is given.
 
     path: a file, or "embedded". Raises ConfigError for a file that is missing, damaged or no file of
     bookmarks, and for one made for another model.
     """
     file = EMBEDDED_FILE if str(path) == EMBEDDED else Path(path).expanduser()
     card, tensors = _read(file)
-    wanted = shape_for(load_model_config(model_directory), card.page_tokens, card.rank)
-    if card.shape != wanted:
-        raise ConfigError(
-            f"bookmark weights {file}: made for {card.model} with {_said(card.shape)}; this model has "
-            f"{_said(wanted)}. Train some for it: longreach train-retriever"
-        )
-    found = weights_fingerprint(model_directory)
-    if card.model_fingerprint != found:
-        raise ConfigError(
-            f"bookmark weights {file}: made for {card.model} with weights "
-            f"{card.model_fingerprint[:12]}, this model's are {found[:12]}. Train some for it: "
-            "longreach train-retriever"
-        )
+    if model_directory is not None:
+        _check_model(file, card, model_directory)
     bookmarks = Bookmarks(card.shape)
     _check_names(file, tensors, bookmarks.state_dict())
     bookmarks.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     if fingerprint(bookmarks).hex() != card.fingerprint:
-        raise ConfigError(
-            f"bookmark weights {file}: damaged: the numbers are not those of its card"
-        )
+        raise _refused(file, "damaged: the numbers are not those of its card")
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise _refused(file, "holds numbers that are not finite")
     return bookmarks.requires_grad_(False)
+
+
+def _check_model(file: Path, card: Card, directory: Path) -> None:
+    wanted = shape_for(load_model_config(directory), card.page_tokens, card.rank)
+    if card.shape != wanted:
+        raise _refused(
+            file,
+            f"made for {card.model} with {_said(card.shape)}; this model has {_said(wanted)}. "
+            "Train some for it: longreach train-retriever",
+        )
+    found = model_fingerprint(directory)
+    if card.model_fingerprint not in (None, found):
+        raise _refused(
+            file,
+            f"made for {card.model} with weights {(card.model_fingerprint or '')[:12]}, this "
+            f"model's are {found[:12]}. Train some for it: longreach train-retriever",
+        )
+
+
+def _refused(file: Path, why: str) -> ConfigError:
+    return ConfigError(f"retriever.weights: {file}: {why}", path="retriever.weights")
 
 
 def read_card(path: Path | str) -> Card:
@@ -174,24 +184,24 @@ def read_card(path: Path | str) -> Card:
 
 def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
     if not path.is_file():
-        raise ConfigError(f"bookmark weights {path}: no such file")
+        raise _refused(path, "no such file; make one with longreach train-retriever")
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(_CARD)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as exc:
-        raise ConfigError(f"bookmark weights {path}: damaged, or no safetensors: {exc}") from exc
+        raise _refused(path, f"damaged, or no safetensors: {exc}") from exc
     if about is None:
-        raise ConfigError(f"bookmark weights {path}: a safetensors file, but not of bookmarks")
+        raise _refused(path, "a safetensors file, but not of bookmarks")
     try:
         raw = json.loads(about)
-        if raw.get("format") != FORMAT:
-            raise ConfigError(
-                f"bookmark weights {path}: format {raw.get('format')}, this longreach reads {FORMAT}"
-            )
-        return Card.model_validate(raw), tensors
+        found = raw.get("format")
+        card = Card.model_validate(raw) if found == FORMAT else None
     except (ValidationError, ValueError, AttributeError) as exc:
-        raise ConfigError(f"bookmark weights {path}: its card cannot be read: {exc}") from exc
+        raise _refused(path, f"its card cannot be read: {exc}") from exc
+    if card is None:
+        raise _refused(path, f"format {found}, this longreach reads {FORMAT}")
+    return card, tensors
 
 
 def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Any]) -> None:
@@ -199,9 +209,7 @@ def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Any]) -
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     if shapes != expected:
         wrong = sorted(_differing(shapes.items(), expected.items()))
-        raise ConfigError(
-            f"bookmark weights {path}: damaged: tensors {', '.join(wrong)} are missing or of other shapes"
-        )
+        raise _refused(path, f"damaged: tensors {', '.join(wrong)} are missing or of other shapes")
 
 
 def _differing(a: Iterable[tuple[str, Any]], b: Iterable[tuple[str, Any]]) -> set[str]:
