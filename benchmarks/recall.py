@@ -40,7 +40,7 @@ from .recall_methods import ROLES, Methods, asked_of
 from .recall_report import draw, tables
 
 LENGTHS, QUICK_LENGTHS = (4096, 8192), (2048,)
-TASKS = ("needles", "key-value", "sentences")
+TASKS = ("needles", "key-value")
 """One context of each and length, made of documents that training never saw."""
 SEED = 700
 
