@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import ConfigError
+from .bookmark_source import CARD as _CARD
+from .bookmark_source import SHIPPED as EMBEDDED_FILE
 from .bookmarks import Bookmarks, BookmarkShape
 from .model_source import head_dim_of, load_model_config
 
 EMBEDDED = "embedded"
 """Name of the weights that are shipped for the embedded model."""
-EMBEDDED_FILE = Path(__file__).parent / "data" / "bookmarks-smollm2-135m.safetensors"
 FORMAT = 1
-_CARD = "longreach_bookmarks"
 
 
 class Card(BaseModel):
