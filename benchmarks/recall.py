@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from longreach.core.config import Config
-from longreach.workers.bookmark_file import EMBEDDED, load_bookmarks, model_fingerprint, read_card
+from longreach.workers.bookmark_file import EMBEDDED, load_bookmarks, read_card, weights_fingerprint
 from longreach.workers.embedded import cache_dir
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_dir
@@ -74,7 +74,7 @@ def run(
     prompts = PromptBuilder.from_config(config)
     directory = model_dir(config.model)
     model = ModelAdapter(directory, own_kernels=False)
-    captures = CaptureFolder(folder, model_fingerprint(directory), lambda: model)
+    captures = CaptureFolder(folder, weights_fingerprint(directory), lambda: model)
     bookmarks = load_bookmarks(weights, directory)
     methods = Methods(bookmarks, frozen_of(model), end_embedding(model))
     rows = []

@@ -75,7 +75,7 @@ def summary(run: Run, card: Card, took_s: float) -> Table:
     """What was saved."""
     table = Table("", "", show_header=False, title="Bookmarks")
     table.add_row("weights", f"{run.out}, {run.out.stat().st_size / 1e6:.1f} MB")
-    table.add_row("model", f"{card.model}, weights {(card.model_fingerprint or '')[:12]}")
+    table.add_row("model", f"{card.model}, weights {card.model_fingerprint[:12]}")
     table.add_row("trained", f"{run.plan.n_steps} steps in {took_s / 60:.1f} minutes")
     for name, value in card.recall.items():
         _, pages, share = name.split()

@@ -47,8 +47,8 @@ class Card(BaseModel):
     rank: int | None
     model: str
     """The model's name, for people."""
-    model_fingerprint: str | None = None
-    """Of its weights, as the function of that name gives it; None fits any model of the shape."""
+    model_fingerprint: str
+    """Of its weights, as `weights_fingerprint` gives it."""
     fingerprint: str
     """Of these bookmarks, hexadecimal."""
     training: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def _rounded(bookmarks: Bookmarks) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().half().contiguous() for name, tensor in named}
 
 
-def model_fingerprint(directory: Path) -> str:
+def weights_fingerprint(directory: Path) -> str:
     """Of a model's tensors: their names, shapes and bytes, whatever files they lie in. What else stands in
     its folder, such as the version of the library that wrote it, does not count."""
     paths = sorted(directory.glob("*.safetensors"))
@@ -115,10 +115,10 @@ def save_bookmarks(
     path: Path,
     bookmarks: Bookmarks,
     *,
-    model: str = "a model",
-    model_fingerprint: str | None = None,
-    training: dict[str, Any] | None = None,
-    recall: dict[str, float] | None = None,
+    model: str,
+    model_fingerprint: str,
+    training: dict[str, Any],
+    recall: dict[str, float],
 ) -> Card:
     """Write the weights in float16 with their card; the file is replaced at once."""
     card = Card(
@@ -126,8 +126,8 @@ def save_bookmarks(
         model=model,
         model_fingerprint=model_fingerprint,
         fingerprint=fingerprint(bookmarks).hex(),
-        training=training or {},
-        recall=recall or {},
+        training=training,
+        recall=recall,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -136,16 +136,15 @@ def save_bookmarks(
     return card
 
 
-def load_bookmarks(path: Path | str, model_directory: Path | None = None) -> Bookmarks:
-    """The bookmarks in a file, checked against the model that will run them, if it is given.
+def load_bookmarks(path: Path | str, model_directory: Path) -> Bookmarks:
+    """The bookmarks in a file, checked against the model that will run them.
 
     path: a file, or "embedded". Raises ConfigError for a file that is missing, damaged or no file of
     bookmarks, and for one made for another model.
     """
     file = EMBEDDED_FILE if str(path) == EMBEDDED else Path(path).expanduser()
     card, tensors = _read(file)
-    if model_directory is not None:
-        _check_model(file, card, model_directory)
+    _check_model(file, card, model_directory)
     bookmarks = Bookmarks(card.shape)
     _check_names(file, tensors, bookmarks.state_dict())
     bookmarks.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -164,11 +163,11 @@ def _check_model(file: Path, card: Card, directory: Path) -> None:
             f"made for {card.model} with {_said(card.shape)}; this model has {_said(wanted)}. "
             "Train some for it: longreach train-retriever",
         )
-    found = model_fingerprint(directory)
-    if card.model_fingerprint not in (None, found):
+    found = weights_fingerprint(directory)
+    if card.model_fingerprint != found:
         raise _refused(
             file,
-            f"made for {card.model} with weights {(card.model_fingerprint or '')[:12]}, this "
+            f"made for {card.model} with weights {card.model_fingerprint[:12]}, this "
             f"model's are {found[:12]}. Train some for it: longreach train-retriever",
         )
 

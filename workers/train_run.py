@@ -11,7 +11,7 @@ import torch
 
 from ..core.config import ModelConfig
 from ..core.errors import InvalidInput
-from .bookmark_file import Card, model_fingerprint, save_bookmarks, shape_for
+from .bookmark_file import Card, save_bookmarks, shape_for, weights_fingerprint
 from .bookmarks import Bookmarks
 from .model import ModelAdapter
 from .model_source import load_model_config, model_dir
@@ -100,7 +100,7 @@ def run_training(run: Run, progress: Progress) -> Card:
             "beyond it would teach nothing"
         )
     use_threads(run.model.n_threads)
-    fingerprint = model_fingerprint(directory)
+    fingerprint = weights_fingerprint(directory)
     checkpoint = run.work_dir / "checkpoint.safetensors"
     if run.resume and not checkpoint.is_file():
         raise InvalidInput(f"there is no checkpoint in {run.work_dir}; start without --resume")

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from longreach.workers.bookmark_file import model_fingerprint, save_bookmarks, shape_for
+from longreach.workers.bookmark_file import save_bookmarks, shape_for, weights_fingerprint
 from longreach.workers.bookmarks import Bookmarks
 from longreach.workers.model_source import load_model_config
 
@@ -30,7 +30,7 @@ def weights(tiny: Path, tmp_path: Path) -> Path:
         path,
         made,
         model="tiny",
-        model_fingerprint=model_fingerprint(tiny),
+        model_fingerprint=weights_fingerprint(tiny),
         training={},
         recall={"recall all 0.333": 0.5, "recall far 0.333": 0.4},
     )

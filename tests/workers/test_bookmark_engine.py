@@ -14,7 +14,7 @@ from longreach.core.config import Config
 from longreach.core.errors import ConfigError
 from longreach.kernels import attend, score, select
 from longreach.kvstore.transport import serve
-from longreach.workers.bookmark_file import model_fingerprint, save_bookmarks
+from longreach.workers.bookmark_file import save_bookmarks, weights_fingerprint
 from longreach.workers.bookmark_index import BookmarkIndex
 from longreach.workers.bookmarks import Bookmarks, BookmarkShape
 from longreach.workers.cpu_executor import CpuExecutor
@@ -70,7 +70,7 @@ def make_bookmarks(
 
 
 def save(path: Path, bookmarks: Bookmarks, model: Path) -> Path:
-    name = model_fingerprint(model)
+    name = weights_fingerprint(model)
     save_bookmarks(path, bookmarks, model="tiny", model_fingerprint=name, training={}, recall={})
     return path
 

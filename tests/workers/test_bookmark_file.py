@@ -12,10 +12,10 @@ from longreach.core.errors import ConfigError
 from longreach.workers.bookmark_file import (
     fingerprint,
     load_bookmarks,
-    model_fingerprint,
     read_card,
     save_bookmarks,
     shape_for,
+    weights_fingerprint,
 )
 from longreach.workers.bookmarks import Bookmarks
 from longreach.workers.model_source import load_model_config
@@ -39,7 +39,7 @@ def saved(directory: Path, tmp_path: Path) -> Path:
         path,
         made,
         model="tiny",
-        model_fingerprint=model_fingerprint(directory),
+        model_fingerprint=weights_fingerprint(directory),
         training={"steps": 3},
         recall={"recall all 0.333": 0.5},
     )
@@ -69,10 +69,10 @@ def test_a_model_is_known_by_its_tensors(directory: Path, tmp_path: Path) -> Non
     names = sorted(tensors)
     save_file({n: tensors[n] for n in names[:5]}, tmp_path / "model-1.safetensors")
     save_file({n: tensors[n] for n in names[5:]}, tmp_path / "model-2.safetensors")
-    assert model_fingerprint(tmp_path) == model_fingerprint(directory)
+    assert weights_fingerprint(tmp_path) == weights_fingerprint(directory)
     tensors[names[7]][0] += 1
     save_file({n: tensors[n] for n in names[5:]}, tmp_path / "model-2.safetensors")
-    assert model_fingerprint(tmp_path) != model_fingerprint(directory)
+    assert weights_fingerprint(tmp_path) != weights_fingerprint(directory)
 
 
 def test_weights_of_another_model(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
