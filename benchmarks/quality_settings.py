@@ -108,6 +108,8 @@ def presets() -> dict[str, Policy]:
         policies = load_config([str(path)], []).attention.policies
         if all(policy.dense for policy in policies):
             continue  # a file that says nothing of selection
+        if any(policy.by_bookmark for policy in policies):
+            continue  # whole pages, by queries of their own: `benchmarks.recall` measures those
         by_layer = resolve_policies(policies, N_LAYERS)
         found.setdefault(policies_fingerprint(by_layer), (path.stem, policy_of(by_layer)))
     return dict(found.values())

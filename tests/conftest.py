@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # read by Triton when a kernel's file is imported: no test needs a GPU, and those that can use one say how
 if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+# a shell's background jobs ignore Ctrl-C, and so would every process that the tests start and send it to
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = "services"
