@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from longreach.core.page_key import RecipeFingerprint
-from longreach.kernels.paged import pack
+from longreach.kernels.paged import TORCH_DTYPE, pack
 from longreach.kvstore.page import PageGeometry
-from longreach.workers.bank import TORCH_DTYPE
 from longreach.workers.gpu_memory import GpuMemory
 from longreach.workers.gpu_steps import GpuLayers
 from longreach.workers.page_flow import PageFlow

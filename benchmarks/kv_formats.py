@@ -16,8 +16,7 @@ from torch import Tensor
 
 from longreach.core.kv_format import KvDtype
 from longreach.kernels import by_channel
-from longreach.kernels.paged import pack, stored_items, unpack
-from longreach.workers.bank import TORCH_DTYPE
+from longreach.kernels.paged import TORCH_DTYPE, pack, stored_items, unpack
 
 Rounding = Callable[[Tensor], Tensor]
 

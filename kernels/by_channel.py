@@ -29,6 +29,11 @@ def row_nbytes(head_dim: int) -> int:
     return head_dim // 2 + head_dim // 16
 
 
+def head_dim_of(n_bytes: int) -> int:
+    """The inverse of `row_nbytes`."""
+    return n_bytes * 16 // 9
+
+
 def pack_keys(k: Tensor) -> Tensor:
     """float32 [..., 64, D] -> uint8 [..., 64 * row_nbytes], rounded to nearest even."""
     offset = k.amin(dim=-2, keepdim=True).half()
@@ -59,7 +64,7 @@ def unpack_keys(codes: Tensor, channels: Tensor) -> Tensor:
 
 def unpack_values(rows: Tensor) -> Tensor:
     """uint8 [..., row_nbytes] -> float32 [..., D]."""
-    n_codes = rows.shape[-1] * 8 // 9
+    n_codes = head_dim_of(rows.shape[-1]) // 2
     scales = rows[..., n_codes:].contiguous().view(torch.float16).float()
     groups = (_split(rows[..., :n_codes]) - 8.0).unflatten(-1, (-1, GROUP))
     found: Tensor = (groups * scales[..., None]).flatten(-2)
@@ -70,7 +75,7 @@ def gather_keys(leaves: Tensor, row: Tensor, slot: Tensor) -> Tensor:
     """Keys of single tokens. leaves: DTYPE [n, 2, page_tokens, items]; row, slot: int64 [m], leaf and place
     in its page. -> float32 [m, D]."""
     raw = leaves.view(torch.uint8)[:, 0]
-    n_codes = raw.shape[-1] * 8 // 9
+    n_codes = head_dim_of(raw.shape[-1]) // 2
     blocks = raw.reshape(len(raw), -1, BLOCK_TOKENS * raw.shape[-1])
     codes = blocks[..., : BLOCK_TOKENS * n_codes].unflatten(-1, (BLOCK_TOKENS, n_codes))
     block = slot // BLOCK_TOKENS

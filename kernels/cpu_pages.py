@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from .by_channel import BLOCK_TOKENS
 from .by_channel import DTYPE as BY_CHANNEL
@@ -34,20 +33,11 @@ from .cpu_memory import (
     rotate_int8,
     zero_float32,
 )
-from .paged import PagedKV, block_start
+from .paged import TORCH_DTYPE, PagedKV, block_start
 from .rope import FINE, TABLE_LIMIT, Rope
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "float8": torch.float8_e4m3fn,
-    "int4": torch.uint8,
-    "int4c": BY_CHANNEL,
-}
-KINDS = {_DTYPES[kind]: i for i, kind in enumerate(_KINDS)}
-INT8, FLOAT8, INT4, INT4C = (KINDS[_DTYPES[kind]] for kind in _KINDS[3:])
+KINDS = {TORCH_DTYPE[kind]: i for i, kind in enumerate(_KINDS)}
+INT8, FLOAT8, INT4, INT4C = (KINDS[TORCH_DTYPE[kind]] for kind in _KINDS[3:])
 KEY, VALUE = 0, 1
 
 

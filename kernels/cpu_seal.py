@@ -11,12 +11,13 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from .by_channel import BLOCK_TOKENS, GROUP, LEAST_SCALE
+from .by_channel import BLOCK_TOKENS, GROUP, LEAST_SCALE, row_nbytes
 from .cpu_append import half_bits
 from .cpu_compile import compiled
 from .cpu_ir import F32, intrinsic
 
 _LEAST = np.float32(LEAST_SCALE)
+_row_nbytes = compiled(row_nbytes)
 
 
 @intrinsic
@@ -34,7 +35,7 @@ def seal(raw, slots, blocks, k, v):
     """raw: int8 [n_slots, 2, page_tokens * row_nbytes]; slots: int64 [Hkv, n]; blocks: int64 [n], number of
     a block in its page; k, v: float32 [Hkv, n * 64, D], finite in float16."""
     n_heads, _, head_dim = k.shape
-    row_bytes = head_dim // 2 + head_dim // 16
+    row_bytes = _row_nbytes(head_dim)
     for i in range(len(blocks)):
         first = i * BLOCK_TOKENS
         at = blocks[i] * BLOCK_TOKENS * row_bytes

@@ -12,7 +12,7 @@ from .decode import PreparedDecode
 from .delta import delta_correction
 from .layers import LayersDone, RowCall, run_layers
 from .linear import linear_rows
-from .paged import OpenBlock, PagedKV, block_start, gather_blocks, gather_tokens
+from .paged import TORCH_DTYPE, OpenBlock, PagedKV, block_start, gather_blocks, gather_tokens
 from .plan import base_of, plan_attend, plan_tail, tail_until
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
@@ -35,6 +35,7 @@ from .summaries import put as put_summaries
 from .warm import warm_up
 
 __all__ = [
+    "TORCH_DTYPE",
     "AfterAttention",
     "BeforeAttention",
     "BlockRows",

@@ -13,6 +13,16 @@ from . import by_channel
 
 Which = Literal["k", "v"]
 SCALE_BYTES = 4
+TORCH_DTYPE = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+    "int4": torch.uint8,
+    "int4c": by_channel.DTYPE,
+}
+"""Of memory in each format of `cache.kv_dtype`; uint8 and uint16 only mark it."""
 RAW = {
     torch.float32: torch.int32,
     torch.float16: torch.int16,
@@ -49,7 +59,7 @@ def stored_items(head_dim: int, dtype: torch.dtype) -> int:
 def head_dim_of(n_items: int, dtype: torch.dtype) -> int:
     """The inverse of `stored_items`."""
     if dtype == by_channel.DTYPE:
-        return n_items * dtype.itemsize * 16 // 9
+        return by_channel.head_dim_of(n_items * dtype.itemsize)
     if dtype == torch.uint8:
         return 2 * (n_items - SCALE_BYTES)
     return n_items - (SCALE_BYTES if dtype == torch.int8 else 0)

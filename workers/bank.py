@@ -7,20 +7,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..kernels.by_channel import DTYPE as BY_CHANNEL
-from ..kernels.ops import append_tokens, seal_blocks
+from ..kernels.ops import TORCH_DTYPE, append_tokens, seal_blocks
 from ..kvstore.page import PageGeometry
 from .memory import huge_zeros
-
-TORCH_DTYPE = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "float8": torch.float8_e4m3fn,
-    "int4": torch.uint8,
-    "int4c": BY_CHANNEL,
-}
 
 
 class Bank:

@@ -6,10 +6,10 @@ import numpy as np
 from torch import Tensor
 
 from ..core.errors import BankTooSmall
-from ..kernels.ops import block_start, first_not_finite
+from ..kernels.ops import TORCH_DTYPE, block_start, first_not_finite
 from ..kvstore.page import Bytes, PageGeometry
 from ..kvstore.page_client import PageClient
-from .bank import TORCH_DTYPE, Bank
+from .bank import Bank
 from .local_pages import LocalPages
 from .open_blocks import OpenBlocks
 from .page_errors import not_finite

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.stage import QUERY_BLOCK, LayerPolicy, Stage
+from ..kernels.paged import TORCH_DTYPE
 from ..kernels.summaries import table_dtype, table_of, table_shape, tail_table
 from ..kvstore.page import PageGeometry
-from .bank import TORCH_DTYPE
 
 WEIGHT_BYTES = 2
 ACTIVATION_BYTES = 2

@@ -15,9 +15,9 @@ from ..core.errors import BankTooSmall, ConfigError
 from ..kernels.gpu_bank import DeviceBank
 from ..kernels.gpu_ops import forget
 from ..kernels.gpu_pages import DevicePages
+from ..kernels.paged import TORCH_DTYPE
 from ..kvstore.page import Bytes, PageGeometry, has_checksums
 from ..kvstore.page_client import PageClient, PageHandle
-from .bank import TORCH_DTYPE
 from .local_pages import LocalPages
 from .page_errors import PageLost
 from .row import Row

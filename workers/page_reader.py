@@ -13,10 +13,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..kernels.ops import PagedKV
+from ..kernels.ops import TORCH_DTYPE, PagedKV
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient, PageHandle
-from .bank import TORCH_DTYPE, Bank
+from .bank import Bank
 from .local_pages import LocalPages
 from .open_blocks import OpenBlocks
 from .page_errors import PageLost
