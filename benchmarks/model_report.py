@@ -171,6 +171,11 @@ def ratios_table(rows: Sequence[Row]) -> Table:
     return made
 
 
+TICKS = (1, 2, 5)
+FINE_TICKS = (1, 1.2, 1.4, 1.6, 1.8, 2, 3, 4, 5, 6, 7, 8, 9)
+"""Of an axis that spans less than a factor of 5: TICKS might label it once."""
+
+
 def pyplot() -> Any:
     """matplotlib, drawing into files. Raises SystemExit where it is missing."""
     made = harness.pyplot()
@@ -197,7 +202,8 @@ def plot(systems: Systems, path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=title)
         panel.set_xticks(ticks, [f"{n / 1024:g}K" for n in ticks])
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        panel.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        low, high = panel.get_ylim()
+        panel.yaxis.set_major_locator(plt.LogLocator(subs=TICKS if high > 5 * low else FINE_TICKS))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("")
         panel.grid(which="both", alpha=0.3)
