@@ -163,34 +163,29 @@ class Methods:
 
 
 def _policies() -> Iterator[tuple[str, int, LayerPolicy]]:
-    """Scorers of ours that need no training: (name, tokens per summary, policy)."""
-    for reduce in ("softmax", "max"):
-        for rope in ("none", "relative"):
-            said = f"{reduce}, {'true' if rope == 'none' else rope} positions"
-            for name, chunk, scorer in (
-                ("mean", PAGE_TOKENS, "mean"),
-                ("bounds", PAGE_TOKENS, "bounds"),
-                ("bounds of 256", 2 * PAGE_TOKENS, "bounds"),
-                ("search", PAGE_TOKENS, "search"),
-            ):
-                stride = 1 if scorer == "search" else STRIDE
-                if scorer == "search" and reduce == "softmax":
-                    continue
-                stage = Stage(
-                    scorer=scorer,  # type: ignore[arg-type]
-                    chunk=chunk,
-                    keep=chunk,
-                    query_stride=stride,
-                    spread=SPREAD if scorer == "bounds" else 1.0,
-                )
-                yield (
-                    f"{name} ({said})",
-                    chunk,
-                    LayerPolicy(
-                        stages=(stage,),
-                        sink=0,
-                        window=chunk,  # with it every page before the queries is a candidate
-                        select_rope=rope,  # type: ignore[arg-type]
-                        reduce=reduce,  # type: ignore[arg-type]
-                    ),
-                )
+    """Scorers of ours that need no training, with true positions, which keep most of the mass within the
+    model's window: (name, tokens per summary, policy)."""
+    for name, chunk, scorer, reduce in (
+        ("mean (softmax)", PAGE_TOKENS, "mean", "softmax"),
+        ("mean (max)", PAGE_TOKENS, "mean", "max"),
+        ("bounds (softmax)", PAGE_TOKENS, "bounds", "softmax"),
+        ("bounds (max)", PAGE_TOKENS, "bounds", "max"),
+        ("bounds of 256 (softmax)", 2 * PAGE_TOKENS, "bounds", "softmax"),
+        ("bounds of 256 (max)", 2 * PAGE_TOKENS, "bounds", "max"),
+        ("search (max)", PAGE_TOKENS, "search", "max"),
+    ):
+        stage = Stage(
+            scorer=scorer,  # type: ignore[arg-type]
+            chunk=chunk,
+            keep=chunk,
+            query_stride=1 if scorer == "search" else STRIDE,
+            spread=SPREAD if scorer == "bounds" else 1.0,
+        )
+        policy = LayerPolicy(
+            stages=(stage,),
+            sink=0,
+            window=chunk,  # with it every page before the queries is a candidate
+            select_rope="none",
+            reduce=reduce,  # type: ignore[arg-type]
+        )
+        yield name, chunk, policy

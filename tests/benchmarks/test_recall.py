@@ -76,7 +76,7 @@ def test_every_index_is_measured_and_kept(
     for row in result["rows"]:
         methods = row["methods"]
         assert methods["bookmark"]["bytes"] == 2 * 16 * 2
-        assert methods["bounds (softmax, true positions)"]["bytes"] == 2 * 2 * 16 * 2
+        assert methods["bounds (softmax)"]["bytes"] == 2 * 2 * 16 * 2
         best = methods["oracle"]["all"]["recall"]["third"]
         for name, found in methods.items():
             of_third = found["all"]["recall"]["third"]
