@@ -19,6 +19,9 @@ ROOT_KEY = PageKey(bytes(32))
 KERNEL_REVISION = 4
 """Raised whenever a kernel change may alter the bits of computed KV."""
 
+QUESTION_REVISION = 2
+"""The same for what only a question's pages follow: a context's keep their names."""
+
 
 class Recipe(BaseModel):
     """Everything that shapes the KV bytes of a page; only pages of equal recipes share bytes."""
@@ -103,7 +106,8 @@ def prompt_keys(
     tokens = np.asarray(token_ids)
     n_context = min(question_start // page_tokens, len(tokens) // page_tokens)
     keys = page_keys(tokens[: n_context * page_tokens], recipe, page_tokens)
-    own = hashlib.sha256(recipe + b"question:" + msgpack.packb([question_start, question_block]))
+    shape = msgpack.packb([QUESTION_REVISION, question_start, question_block])
+    own = hashlib.sha256(recipe + b"question:" + shape)
     parent = keys[-1] if keys else ROOT_KEY
     rest = tokens[n_context * page_tokens :]
     return keys + page_keys(rest, RecipeFingerprint(own.digest()), page_tokens, parent)

@@ -98,7 +98,9 @@ class CpuExecutor:
         if self.bookmarks is not None:
             self.bookmarks.bring_up(row, start // self.attention.page_tokens)
             beside = PrefillBookmarks(self.bookmarks, row, start, end, blocks)
-        step = PrefillStep(self.prefill_attention, row, start, blocks, question_block, beside)
+        step = PrefillStep(
+            self.prefill_attention, row, start, blocks, row.question_start, question_block, beside
+        )
         tokens = torch.from_numpy(row.request.prompt[start:end].astype("int64"))
         started = time.monotonic()
         if self.bookmarks is None or not beside:

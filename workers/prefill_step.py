@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.stage import QUERY_BLOCK
 from .layer_attention import LayerAttention
 from .prefill_bookmarks import PrefillBookmarks
 from .row import Row
@@ -17,7 +18,8 @@ from .row import Row
 
 class PrefillStep:
     """Attention of one chunk of one row's prompt, from `start` on, in blocks [first, last) of queries
-    that share a selection. Bookmarks are rows behind the tokens'."""
+    that share a selection: of QUERY_BLOCK queries, and of `question_block` from `question_start` on.
+    Bookmarks are rows behind the tokens'."""
 
     def __init__(
         self,
@@ -25,9 +27,11 @@ class PrefillStep:
         row: Row,
         start: int,
         blocks: Sequence[tuple[int, int]],
+        question_start: int,
         question_block: int,
         bookmarks: PrefillBookmarks | None = None,
     ) -> None:
+        self._question_start = question_start
         self._question_block = question_block
         self._bookmarks = bookmarks
         self._attention = attention
@@ -71,8 +75,17 @@ class PrefillStep:
             block = torch.from_numpy(np.ascontiguousarray(q.numpy()[:, at]))
             attention.memory.show(layer, row, self._start, k, v, first)
             bookmark = None if beside is None else beside.query(q[:, n_tokens:], last)
+            in_question = first >= self._question_start
             selection = attention.select(
-                layer, row, block, first, n_appended, scale, check=False, bookmark=bookmark
+                layer,
+                row,
+                block,
+                first,
+                n_appended,
+                scale,
+                check=False,
+                query_block=self._question_block if in_question else QUERY_BLOCK,
+                bookmark=bookmark,
             )
             segments = attention.segments(layer, first, last - first, selection)
             leaves = attention.leaves_of(row, segments)

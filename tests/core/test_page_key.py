@@ -118,9 +118,12 @@ def test_golden_values() -> None:
     assert RECIPE.fingerprint().hex() == GOLDEN_RECIPE
     keys = page_keys(range(32), RECIPE.fingerprint(), 16)
     assert [key.hex() for key in keys] == GOLDEN_KEYS
+    asked = prompt_keys(range(32), 16, 8, RECIPE.fingerprint(), 16)
+    assert [key.hex() for key in asked] == [GOLDEN_KEYS[0], GOLDEN_QUESTION]
 
 
 GOLDEN_RECIPE = "e0a78d1b57f24e279ef7f1a3b0b23850196c320d351de3d241bbd9254a3f9a1b"
+GOLDEN_QUESTION = "8952da6c54c15d780483763fb15581d1e9d3d0608190308b6021dbb89167fbe1"
 GOLDEN_KEYS = [
     "4f184cd858b45618ec9f6ee11a347eac59c6f10081abf69ffa7e083129c067b9",
     "37c2b9446dbfd2e90dc81842c13d7ace91ff4448a761a625deac944979a62282",

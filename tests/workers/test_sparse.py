@@ -153,6 +153,32 @@ def test_a_question_has_finer_blocks_and_is_as_invariant(
     assert all(len(set(blocks)) == 1 for blocks in watched.values())
 
 
+def test_a_finer_block_is_scored_by_as_many_averages(
+    config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """query_stride 4 of 64 queries is 1 of 16: see Stage.query_stride."""
+    seen: dict[int, tuple[int, int]] = {}
+    select = layer_attention.select_blocks
+
+    def spy(q: Any, q_start: int, *rest: Any) -> Any:
+        seen[q_start] = (q.shape[1], rest[-1])
+        return select(q, q_start, *rest)
+
+    monkeypatch.setattr(layer_attention, "select_blocks", spy)
+    (prompt,) = prompts_of(1130)
+    run(config("attention.question_block=16"), [prompt], tmp_path, n_question=100)
+    assert {of for start, (_, of) in seen.items() if start < 1024} == {64}
+    assert {start: seen[start] for start in range(1024, 1130, 16)} == {
+        1024: (16, 16),
+        1040: (16, 16),
+        1056: (16, 16),
+        1072: (16, 16),
+        1088: (16, 16),
+        1104: (16, 16),
+        1120: (10, 16),
+    }
+
+
 def test_the_same_tokens_as_context_and_as_question_do_not_share_pages(
     config: Any, tmp_path: Path
 ) -> None:
