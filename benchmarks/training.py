@@ -16,7 +16,8 @@ from typing import Any
 
 from rich.table import Table
 
-from longreach.workers.bookmark_file import EMBEDDED, read_card
+from longreach.workers.bookmark_file import read_card
+from longreach.workers.bookmark_source import EMBEDDED
 
 from .harness import console, pyplot
 

@@ -42,19 +42,19 @@ def train_retriever(
         str,
         typer.Option(help="kl: the dense model's attention; contrastive: gold pages; or both."),
     ] = "kl",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 700,
     rank: Annotated[
         int, typer.Option(min=0, help="Of what is added to the projections; 0: whole matrices.")
     ] = 32,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 64,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 32,
     context_tokens: Annotated[
         int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
     ] = 4096,
     held_out: Annotated[
         int, typer.Option(min=0, help="Contexts of other documents, to measure recall on.")
     ] = 8,
-    per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 2,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 1e-3,
+    per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 3e-3,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between recalls.")] = 100,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     work_dir: Annotated[

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,14 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from .bookmark_source import CARD as _CARD
-from .bookmark_source import SHIPPED as EMBEDDED_FILE
+from .bookmark_source import CARD, weights_file
 from .bookmarks import Bookmarks, BookmarkShape
 from .model_source import head_dim_of, load_model_config
+from .tensor_file import save_tensors
 
-EMBEDDED = "embedded"
-"""Name of the weights that are shipped for the embedded model."""
 FORMAT = 1
 
 
@@ -129,10 +125,7 @@ def save_bookmarks(
         training=training,
         recall=recall,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(_rounded(bookmarks), part, {_CARD: card.model_dump_json()})
-    os.replace(part, path)
+    save_tensors(path, _rounded(bookmarks), {CARD: card.model_dump_json()})
     return card
 
 
@@ -142,7 +135,7 @@ def load_bookmarks(path: Path | str, model_directory: Path) -> Bookmarks:
     path: a file, or "embedded". Raises ConfigError for a file that is missing, damaged or no file of
     bookmarks, and for one made for another model.
     """
-    file = EMBEDDED_FILE if str(path) == EMBEDDED else Path(path).expanduser()
+    file = weights_file(path)
     card, tensors = _read(file)
     _check_model(file, card, model_directory)
     bookmarks = Bookmarks(card.shape)
@@ -178,7 +171,7 @@ def _refused(file: Path, why: str) -> ConfigError:
 
 def read_card(path: Path | str) -> Card:
     """The card alone. Raises ConfigError as `load_bookmarks` does for the file itself."""
-    return _read(EMBEDDED_FILE if str(path) == EMBEDDED else Path(path).expanduser())[0]
+    return _read(weights_file(path))[0]
 
 
 def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
@@ -186,7 +179,7 @@ def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
         raise _refused(path, "no such file; make one with longreach train-retriever")
     try:
         with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get(_CARD)
+            about = (file.metadata() or {}).get(CARD)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as exc:
         raise _refused(path, f"damaged, or no safetensors: {exc}") from exc

@@ -14,22 +14,28 @@ from ..core.errors import ConfigError
 if TYPE_CHECKING:
     from .bookmarks import Bookmarks
 
+EMBEDDED = "embedded"
+"""Name of the weights that are shipped for the embedded model."""
 SHIPPED = Path(__file__).parent / "data" / "bookmarks-smollm2-135m.safetensors"
-"""Those of the embedded model."""
 CARD = "longreach_bookmarks"
 """Of a file's metadata; see `bookmark_file`."""
+
+
+def weights_file(name: Path | str) -> Path:
+    """The file that a path, or EMBEDDED, stands for."""
+    return SHIPPED if str(name) == EMBEDDED else Path(name).expanduser()
 
 
 def weights_path(config: Config) -> Path:
     """The file of `retriever.weights`. Raises ConfigError if there is none."""
     name = config.retriever.weights
-    if name == "embedded" and config.model.name != "embedded":
+    if name == EMBEDDED and config.model.name != "embedded":
         raise ConfigError(
             "retriever.weights: embedded are those of model.name: embedded, not of "
             f"{config.model.name!r}; train some with `longreach train-retriever`",
             path="retriever.weights",
         )
-    path = SHIPPED if name == "embedded" else Path(name or "").expanduser()
+    path = weights_file(name or "")
     if not path.is_file():
         raise ConfigError(
             f"retriever.weights: {path} is no file; make one with `longreach train-retriever`",

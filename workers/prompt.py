@@ -74,7 +74,9 @@ class PromptBuilder:
     def _spells_special(self, text: str) -> bool:
         return any(token in text for token in self._special)
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The model's chat template, or blank lines where it has none. Raises InvalidInput where the template
+        refuses the messages."""
         if self._tokenizer.chat_template is None:
             return "\n\n".join(m["content"] for m in messages) + "\n\n"
         try:
@@ -95,7 +97,7 @@ class PromptBuilder:
         if not context.strip():
             raise EmptyContext("the context has no tokens; give a non-empty context")
         marker = uuid.uuid4().hex
-        rendered = self._render([{"role": "user", "content": marker}])
+        rendered = self.render([{"role": "user", "content": marker}])
         before, found, after = rendered.partition(marker)
         if not found:
             raise InvalidInput("the model's chat template drops the user's message")
@@ -114,7 +116,7 @@ class PromptBuilder:
         context, split, question = plain[-1]["content"].rpartition("\n\n")
         marker = uuid.uuid4().hex
         shown = [*plain[:-1], {"role": plain[-1]["role"], "content": marker}]
-        before, found, after = self._render(shown).partition(marker)
+        before, found, after = self.render(shown).partition(marker)
         if not found:
             raise InvalidInput("the model's chat template drops the last message")
         head = self._join((before, False), (context, True))

@@ -57,15 +57,14 @@ class RetrieverService:
         blocks = self._retriever.select(
             header["context_id"], header["layer"], q, cut_keys=cut, **numbers
         )
-        data = np.ascontiguousarray(blocks.numpy(), dtype="<i8")
-        return Reply({"shape": list(blocks.shape)}, [data.tobytes()])
+        return _starts(blocks)
 
     def _do_choose(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         query = _tensor(buffers[0], header["q_shape"])
         numbers = {name: header[name] for name in ("q_start", "log_scale")}
-        pages = self._retriever.choose(header["context_id"], header["layer"], query, **numbers)
-        data = np.ascontiguousarray(pages.numpy(), dtype="<i8")
-        return Reply({"shape": list(pages.shape)}, [data.tobytes()])
+        return _starts(
+            self._retriever.choose(header["context_id"], header["layer"], query, **numbers)
+        )
 
     def _do_close(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         self._retriever.close(header["context_id"])
@@ -79,6 +78,12 @@ class RetrieverService:
 
     def _do_drain(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         return Reply({})
+
+
+def _starts(chunks: Tensor) -> Reply:
+    """Chunk starts int64 [Hsel, n]."""
+    data = np.ascontiguousarray(chunks.numpy(), dtype="<i8")
+    return Reply({"shape": list(chunks.shape)}, [data.tobytes()])
 
 
 def _tensor(data: memoryview, shape: list[int]) -> Tensor:

@@ -17,18 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import ContextTooLong
 from ..kernels.ops import Rope
+from .dense_pieces import PIECE, dense_probabilities, weighted
 from .model import ModelAdapter
+from .tensor_file import save_tensors
 from .train_prompt import Ask, Stream
 
 CELL = 16
 """Tokens per side of a cell of attention mass."""
-PIECE = 256
-"""Queries whose probabilities exist at a time."""
 REVISION = 2
 """Of the files: raise it when what they hold changes."""
 
@@ -115,15 +114,9 @@ class MassStep:
         self.kv[layer] = torch.stack((keys, v))
         out = torch.empty(n_tokens, n_heads, dim)
         for at in range(0, n_tokens, PIECE):
-            piece = queries[:, at : at + PIECE]
-            end = at + piece.shape[1]
-            folded = piece.reshape(k.shape[0], -1, dim)  # heads of a group read the same keys
-            logits = (folded @ keys[:, :end].mT).view(n_heads, -1, end).mul_(scale)
-            later = torch.ones(piece.shape[1], piece.shape[1], dtype=torch.bool).triu(1)
-            logits[:, :, at:].masked_fill_(later, -torch.inf)
-            shares = logits.softmax(dim=-1)
-            by_head = shares.view(k.shape[0], -1, end) @ v[:, :end]
-            out[at:end] = by_head.view(n_heads, -1, dim).transpose(0, 1)
+            shares = dense_probabilities(queries[:, at : at + PIECE], at, keys, scale)
+            end = shares.shape[2]
+            out[at:end] = weighted(shares, v).transpose(0, 1)
             cells = shares.unflatten(1, (-1, CELL)).sum(dim=2).unflatten(-1, (-1, CELL)).sum(dim=-1)
             self.mass[layer, :, at // CELL : end // CELL, : end // CELL] = cells
         return out
@@ -149,9 +142,7 @@ def capture(model: ModelAdapter, stream: Stream, path: Path, *, full: bool = Fal
     if full:
         kept |= {"head_mass": step.mass, "queries": step.queries, "keys": step.keys}
     asks = [(ask.position, ask.gold) for ask in stream.asks if ask.position < n_tokens]
-    part = path.with_suffix(".part")
-    save_file(kept, part, {"name": stream.name, "asks": json.dumps(asks)})
-    part.replace(path)
+    save_tensors(path, kept, {"name": stream.name, "asks": json.dumps(asks)})
     return Capture(path)
 
 
@@ -166,7 +157,6 @@ class CaptureFolder:
     def get(self, stream: Stream, say: Say, *, full: bool = False) -> Capture:
         path = self._folder / f"{self._digest(stream, full)}.safetensors"
         if not path.is_file():
-            self._folder.mkdir(parents=True, exist_ok=True)
             say(f"dense attention over {stream.name}, {stream.n_tokens:,} tokens")
             return capture(self._load(), stream, path, full=full)
         return Capture(path)

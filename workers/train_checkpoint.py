@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import FailedPrecondition, InvalidInput
+from .tensor_file import save_tensors
 from .train_retriever import Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -28,11 +27,7 @@ def save_checkpoint(
         for moment, value in training.optimizer.state.get(parameter, {}).items():
             tensors[f"{moment}/{name}"] = torch.as_tensor(value)
     made = {"step": training.step, "log": log, "run": run_of(training, about)}
-    part = path.with_suffix(".part")
-    save_file(
-        {k: v.detach().contiguous() for k, v in tensors.items()}, part, {"run": json.dumps(made)}
-    )
-    os.replace(part, path)
+    save_tensors(path, tensors, {"run": json.dumps(made)})
 
 
 def load_checkpoint(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from .prompt import PromptBuilder
 from .train_data import Example, Question
 
 
@@ -34,22 +34,20 @@ class Stream:
 
 
 class StreamBuilder:
-    """Tokenizer and chat template of a model: a conversation about one context."""
+    """Conversations about one context, in a model's tokens and chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, prompts: PromptBuilder) -> None:
+        self._prompts = prompts
+        self._encode, self.tokens = prompts.encode, prompts.encode_plain
         marks = [uuid.uuid4().hex for _ in range(3)]
-        rest = _rendered(tokenizer, marks)
+        roles = ("user", "assistant", "user")
+        messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+        rest = prompts.render(messages)
         parts = []
         for mark in marks:
             part, _, rest = rest.partition(mark)
             parts.append(part)
         self._before, self._answer, self._next = parts
-
-    def tokens(self, text: str) -> list[int]:
-        """Of a user's text: whatever it spells, it never becomes a special token."""
-        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
 
     def cut(self, text: str, n_tokens: int) -> str:
         """The longest beginning of a text with at most n_tokens."""
@@ -61,13 +59,13 @@ class StreamBuilder:
 
     def build(self, example: Example) -> Stream:
         """The context, then each question with its answer."""
-        head = self._markup(self._before)
+        head = self._encode(self._before)
         context, offsets = self.tokens(example.context), self._offsets(example.context)
         starts = np.array([start for start, _ in offsets])
         ids, asks = head + context, []
         for i, question in enumerate(example.questions):
             if i:
-                ids += self._markup(self._next)
+                ids += self._encode(self._next)
             asked, answer = self._turn(question)
             ids += asked
             gold = []
@@ -80,23 +78,11 @@ class StreamBuilder:
         return Stream(example.source, np.array(ids, dtype=np.int64), tuple(asks))
 
     def _turn(self, question: Question) -> tuple[list[int], list[int]]:
-        asked = self.tokens(f"\n\n{question.text}") + self._markup(self._answer)
+        asked = self.tokens(f"\n\n{question.text}") + self._encode(self._answer)
         return asked, self.tokens(question.answer)
 
-    def _markup(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _offsets(self, text: str) -> list[tuple[int, int]]:
-        encoded = self._tokenizer(
+        encoded = self._prompts.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
         return list(encoded["offset_mapping"])
-
-
-def _rendered(tokenizer: Any, marks: Sequence[str]) -> str:
-    """Two turns of a conversation, whose contents are the marks."""
-    if tokenizer.chat_template is None:
-        return "\n\n".join(marks) + "\n\n"
-    roles = ("user", "assistant", "user")
-    messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

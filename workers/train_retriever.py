@@ -41,13 +41,13 @@ RECALL_SHARES = (1 / 8, 1 / 3)
 class TrainingPlan:
     """What a run does, apart from its data; a checkpoint fits only the plan it was made with."""
 
-    n_steps: int = 1000
-    n_contexts: int = 2
+    n_steps: int = 700
+    n_contexts: int = 1
     """Per step."""
     n_queries: int = 32
     """Bookmarks per context that only ask, beside those of the pages."""
     loss: Loss = "kl"
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warm_up_share: float = 0.05
     last_rate_share: float = 0.05
     """Of the learning rate, where the cosine ends."""

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ..core.config import ModelConfig
+from ..core.config import Config, ModelConfig
 from ..core.errors import InvalidInput
 from .bookmark_file import Card, save_bookmarks, shape_for, weights_fingerprint
 from .bookmarks import Bookmarks
 from .model import ModelAdapter
 from .model_source import load_model_config, model_dir
+from .prompt import PromptBuilder
 from .threads import use_threads
 from .train_capture import Capture, CaptureFolder
 from .train_checkpoint import load_checkpoint, save_checkpoint
@@ -150,9 +151,7 @@ def _captures(
     progress: Progress,
 ) -> tuple[list[Capture], list[Capture]]:
     """Contexts to train on, contexts held out."""
-    from transformers import AutoTokenizer
-
-    builder = StreamBuilder(AutoTokenizer.from_pretrained(model_dir(run.model)))
+    builder = StreamBuilder(PromptBuilder(Config(model=run.model)))
     wanted = [
         streams(run.data, documents, rows, builder, held_out=held_out) for held_out in (False, True)
     ]
@@ -183,7 +182,6 @@ def _steps(
             row |= evaluate(training.bookmarks, training.frozen, held_out)
         progress.log.append(row)
         if last or training.step % run.checkpoint_every == 0:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
             save_checkpoint(checkpoint, training, about, progress.log)
         progress.stepped(training.step, row)
     last_row = progress.log[-1] if progress.log else {}

@@ -28,7 +28,7 @@ class DataPlan:
     """n_contexts of context_tokens tokens for training, n_held_out others to measure recall on; tasks are
     names of `TASKS` or "text", taken in turn."""
 
-    n_contexts: int = 64
+    n_contexts: int = 32
     n_held_out: int = 8
     context_tokens: int = 4096
     tasks: tuple[str, ...] = (TEXT, "needles", TEXT, "key-value", TEXT, "sentences")

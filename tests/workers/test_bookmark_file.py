@@ -17,8 +17,11 @@ from longreach.workers.bookmark_file import (
     shape_for,
     weights_fingerprint,
 )
+from longreach.workers.bookmark_source import EMBEDDED, SHIPPED
 from longreach.workers.bookmarks import Bookmarks
+from longreach.workers.embedded import ensure_embedded_model
 from longreach.workers.model_source import load_model_config
+from longreach.workers.train_data import PACKAGES
 
 from .tiny import make_tiny
 
@@ -102,3 +105,13 @@ def test_damage_is_seen(saved: Path, directory: Path, tmp_path: Path) -> None:
     cut.write_bytes(raw[:-100])
     with pytest.raises(ConfigError, match="damaged, or no safetensors"):
         load_bookmarks(cut, directory)
+
+
+def test_the_shipped_weights_fit_the_embedded_model() -> None:
+    """Small enough to ship, with a card that says what they were made of."""
+    assert SHIPPED.stat().st_size <= 8 << 20
+    found, card = load_bookmarks(EMBEDDED, ensure_embedded_model()), read_card(EMBEDDED)
+    assert found.shape == card.shape
+    assert found.shape.page_tokens == 128
+    assert sorted(card.training["text"]) == sorted(PACKAGES)
+    assert card.recall["recall far 0.333"] > 0.5

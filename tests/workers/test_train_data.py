@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from longreach.core.config import Config
 from longreach.core.errors import BatchLineError, InvalidInput, NotFound
 from longreach.workers import train_data
-from longreach.workers.embedded import ensure_embedded_model
+from longreach.workers.prompt import PromptBuilder
 from longreach.workers.train_data import (
     Document,
     Example,
@@ -30,9 +31,7 @@ from longreach.workers.train_tasks import TASKS
 
 @pytest.fixture(scope="module")
 def builder() -> StreamBuilder:
-    from transformers import AutoTokenizer
-
-    return StreamBuilder(AutoTokenizer.from_pretrained(ensure_embedded_model()))
+    return StreamBuilder(PromptBuilder(Config()))
 
 
 WORDS = "the river runs past seven mills before anyone counts its stones again today"
@@ -166,7 +165,7 @@ def test_gold_spans_hold_what_is_asked_for(name: str) -> None:
 def test_a_stream_is_the_conversation_with_gold_tokens(builder: StreamBuilder) -> None:
     example = TASKS["needles"](sentences(100), random.Random(1))
     stream = builder.build(example)
-    tokenizer = builder._tokenizer
+    tokenizer = builder._prompts.tokenizer
     text = tokenizer.decode(stream.token_ids)
     at = -1
     for ask, question in zip(stream.asks, example.questions, strict=True):
@@ -196,7 +195,7 @@ def test_streams_have_the_wanted_length_and_keep_the_sides_apart(
     assert all((a.token_ids == b.token_ids).all() for a, b in zip(own, again, strict=True))
     names = {d.source: d.text for d in documents}
     train_text = "".join(t for s, t in names.items() if not is_held_out(s))
-    held_text = builder._tokenizer.decode(held[0].token_ids[50:90])
+    held_text = builder._prompts.tokenizer.decode(held[0].token_ids[50:90])
     assert held_text not in train_text
 
 
@@ -216,7 +215,7 @@ def test_rows_are_put_among_others_that_share_words(builder: StreamBuilder) -> N
     for stream in found:
         assert 900 < stream.n_tokens <= 1024
         ((start, end),) = stream.asks[0].gold
-        assert "The colour of door" in builder._tokenizer.decode(stream.token_ids[start:end])
+        assert "The colour of door" in builder._prompts.tokenizer.decode(stream.token_ids[start:end])
         places.add(start // 128)
     assert len(places) > 1
     assert streams(plan, [], rows, builder, held_out=True) == []

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from longreach.core.config import ModelConfig
+from longreach.core.config import Config, ModelConfig
 from longreach.core.errors import FailedPrecondition, InvalidInput
 from longreach.workers.bookmark_file import load_bookmarks, read_card, shape_for
 from longreach.workers.bookmarks import Bookmarks, run_bookmarks
 from longreach.workers.embedded import ensure_embedded_model
 from longreach.workers.model import ModelAdapter
+from longreach.workers.prompt import PromptBuilder
 from longreach.workers.train_capture import Capture, CaptureFolder
 from longreach.workers.train_data import Document
 from longreach.workers.train_forward import Frozen, states_of
@@ -60,9 +61,7 @@ def model(directory: Path) -> ModelAdapter:
 def captures(
     directory: Path, model: ModelAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Capture]:
-    from transformers import AutoTokenizer
-
-    builder = StreamBuilder(AutoTokenizer.from_pretrained(directory))
+    builder = StreamBuilder(PromptBuilder(Config(model=ModelConfig(name=str(directory)))))
     documents = [Document(f"book {i}", sentences(40, i)) for i in range(20)]
     plan = DataPlan(n_contexts=3, context_tokens=1024, tasks=("text", "needles", "sentences"))
     folder = CaptureFolder(tmp_path_factory.mktemp("captures"), "tiny", lambda: model)
