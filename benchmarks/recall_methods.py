@@ -18,7 +18,7 @@ from longreach.workers.bm25 import Bm25
 from longreach.workers.bookmarks import Bookmarks, BookmarkStates, bookmark_scores, run_bookmarks
 from longreach.workers.train_capture import CELL, Capture
 from longreach.workers.train_forward import Frozen
-from longreach.workers.train_losses import QUERY_TOKENS
+from longreach.workers.train_losses import QUERY_TOKENS, page_distances
 from longreach.workers.train_retriever import grid_of
 
 from .captured import paged
@@ -112,7 +112,9 @@ class Methods:
         with torch.no_grad():
             states = self._states(bookmarks, capture, grid.positions)
             m, n = len(asked.page_ends), len(asked.positions)
-            return bookmark_scores(states.queries[:, m : m + n], states.keys[:, :m])
+            scores = bookmark_scores(states.queries[:, m : m + n], states.keys[:, :m])
+            distances = page_distances(asked.page_ends, asked.positions, PAGE_TOKENS)
+            return bookmarks.ranked(scores, distances)
 
     def _states(self, bookmarks: Bookmarks, capture: Capture, positions: Tensor) -> BookmarkStates:
         where = (positions[:, None] + torch.arange(1 - PAGE_TOKENS, 1)).clamp(min=0)

@@ -1,7 +1,9 @@
-"""Which pages bookmarks choose (RetroLM): inner products of one query with the keys at pages' ends.
+"""Which pages bookmarks choose (RetroLM): inner products of one query with the keys at pages' ends, less what
+a page's distance costs.
 
-A score's bits depend on nothing but the query and the page's own key: they are added in a fixed order, so
-that neither how many pages there are nor where they lie decides between two of nearly equal scores.
+A score's bits depend on nothing but the query, the page's own key and how far away it is: they are added in
+a fixed order, so that neither how many pages there are nor where they lie in memory decides between two of
+nearly equal scores.
 """
 
 from __future__ import annotations
@@ -53,12 +55,18 @@ def page_scores(query: Tensor, keys: Keys, *, per_kv_head: bool) -> Tensor:
 
 
 def choose_pages(
-    query: Tensor, keys: Keys, q_start: int, policy: LayerPolicy, log_scale: float = 0.0
+    query: Tensor,
+    keys: Keys,
+    q_start: int,
+    policy: LayerPolicy,
+    log_scale: float = 0.0,
+    nearness: float = 0.0,
 ) -> Tensor:
     """What leaves the first stage for the queries at q_start: page starts, int64 [Hsel, n] ascending and
     padded with -1; equal scores go to the lower page.
 
-    keys: of `whole_pages`. log_scale: of the softmax of scores that estimates shares for `top_p`.
+    keys: of `whole_pages`. log_scale, nearness: the layer's, see `Bookmarks`; the softmax of what they make
+    of scores estimates the shares that `top_p` counts.
     """
     stage, per_kv_head = policy.stages[0], policy.head_reduce == "kv-group"
     pages = whole_pages(q_start, policy)
@@ -66,11 +74,17 @@ def choose_pages(
     starts = starts.expand(keys.shape[1] if per_kv_head else 1, -1)
     if keeps_all_pages(q_start, policy):
         return starts.contiguous()
-    scores = page_scores(query, keys, per_kv_head=per_kv_head)
-    shares = None
-    if stage.top_p is not None:
-        shares = (scores * math.exp(log_scale)).softmax(dim=-1).numpy()
+    scores = page_scores(query, keys, per_kv_head=per_kv_head) * math.exp(log_scale)
+    scores -= nearness * _log_distances(pages, q_start)
+    shares = scores.softmax(dim=-1).numpy() if stage.top_p is not None else None
     return top_chunks(starts, scores, stage.keep // stage.chunk, shares, stage.top_p or 1.0)
+
+
+def _log_distances(pages: range, q_start: int) -> Tensor:
+    """log2 of how many pages it is from each page's start to the queries: float32 [n], 0 right before them.
+    Rounded from double precision, so that no machine's float32 log2 decides."""
+    distances = (q_start - np.arange(pages.start, pages.stop, pages.step)) / pages.step
+    return torch.from_numpy(np.log2(distances).astype(np.float32))
 
 
 def _sum(x: np.ndarray) -> np.ndarray:

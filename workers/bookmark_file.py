@@ -25,7 +25,8 @@ from .bookmarks import Bookmarks, BookmarkShape
 from .model_source import head_dim_of, load_model_config
 from .tensor_file import save_tensors
 
-FORMAT = 1
+FORMAT = 2
+"""2: pages rank by their distance too (`nearness`)."""
 
 
 class Card(BaseModel):

@@ -66,7 +66,7 @@ class BookmarkIndex:
         self._name = bookmark_table(self.page_tokens)
         names = [(self._name,) if selects else () for selects in selecting]
         self._pool = SummaryPool(names, self.page_tokens)
-        self._log_scale = bookmarks.log_scale.tolist()
+        self._log_scale, self._nearness = bookmarks.log_scale.tolist(), bookmarks.nearness.tolist()
 
     def reserve(self, n_pages: int) -> None:
         """Page numbers below this will be in use."""
@@ -141,15 +141,15 @@ class BookmarkIndex:
         n_ready = self._pool.n_ready(layer, slots, self._versions_of(row)[:last])
         if n_ready < last:
             raise InternalError(f"bookmarks of {n_ready} of {last} pages are here: bring them up")
-        log_scale = self._log_scale[layer]
+        weights = (self._log_scale[layer], self._nearness[layer])
         if not self._summaries.chooses_there(layer, policy):
             keys = self._pool.bookmarks(layer, slots[first:])
-            return choose_pages(query, keys, q_start, policy, log_scale)
+            return choose_pages(query, keys, q_start, policy, *weights)
 
         def keys_of(begin: int, end: int) -> np.ndarray:
             return self._pool.bookmarks(layer, slots[begin:end])
 
-        return self._summaries.choose(layer, row, query, q_start, log_scale, last, keys_of)
+        return self._summaries.choose(layer, row, query, q_start, weights, last, keys_of)
 
     # --- the forward pass -----------------------------------------------------------------------
 

@@ -4,7 +4,8 @@ A bookmark passes through every layer of the frozen model beside the page's toke
 the `page_tokens` tokens that end where it stands, and to itself. So its key depends on nothing but those
 tokens' keys and values: it can be computed in the page's own forward pass, or later from stored pages by
 one forward of one token per page, with the same result. Its key in a layer is the page's summary there;
-its query selects pages. Neither is rotated: which page answers does not depend on how far away it is.
+its query selects pages. Neither is rotated: what a page is about does not depend on how far away it is. That
+near pages draw more attention is learnt beside it, as one number per layer.
 Ordinary tokens never see a bookmark. It takes the position of the last token before it and none of its own.
 """
 
@@ -53,6 +54,9 @@ class Bookmarks(nn.Module):
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.log_scale = nn.Parameter(torch.zeros(shape.n_layers))
         """Of `bookmark_scores` in each layer, so that their softmax is a share of attention."""
+        self.nearness = nn.Parameter(torch.zeros(shape.n_layers))
+        """What twice the distance takes from a page's scaled score, in each layer. A logarithm, so that it
+        holds for contexts longer than those of training."""
         n = shape.n_layers
         for side in SIDES:
             width = shape.width(side)
@@ -68,6 +72,15 @@ class Bookmarks(nn.Module):
         if self.shape.rank is not None:
             hidden = gemm_rows(hidden, self.down[side][layer])
         return gemm_rows(hidden, self.up[side][layer])
+
+    def ranked(self, scores: Tensor, distances: Tensor) -> Tensor:
+        """What pages are ranked by in every layer, and what the softmax gives shares of: [L, n, m].
+
+        scores [L, n, m] as `bookmark_scores` gives them; distances [n, m] in pages from each page's start to
+        the token after the bookmark that asks, at least 1 for a page that may be chosen.
+        """
+        scaled = scores * self.log_scale.exp()[:, None, None]
+        return scaled - self.nearness[:, None, None] * distances.clamp(min=1).log2()
 
 
 @dataclass(frozen=True)

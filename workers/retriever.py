@@ -165,10 +165,15 @@ class Retriever:
         return selection.blocks
 
     def choose(
-        self, context_id: str, layer: int, query: Tensor, q_start: int, log_scale: float
+        self,
+        context_id: str,
+        layer: int,
+        query: Tensor,
+        q_start: int,
+        weights: tuple[float, float],
     ) -> Tensor:
         """The first stage where bookmarks choose pages: starts int64 [Hsel, n], padded with -1. query [H, D]
-        of the bookmark, unrotated.
+        of the bookmark, unrotated; weights: log_scale and nearness of the layer.
 
         Raises InvalidInput if candidates were not added.
         """
@@ -181,7 +186,7 @@ class Retriever:
                 f"{layer}, {last} are asked for: add them first"
             )
         slots = np.array(context.slots[first:last], dtype=np.int64)
-        return choose_pages(query, self._pool.bookmarks(layer, slots), q_start, policy, log_scale)
+        return choose_pages(query, self._pool.bookmarks(layer, slots), q_start, policy, *weights)
 
     def _cut_view(
         self,

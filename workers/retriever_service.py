@@ -61,9 +61,15 @@ class RetrieverService:
 
     def _do_choose(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         query = _tensor(buffers[0], header["q_shape"])
-        numbers = {name: header[name] for name in ("q_start", "log_scale")}
+        log_scale, nearness = header["weights"]
         return _starts(
-            self._retriever.choose(header["context_id"], header["layer"], query, **numbers)
+            self._retriever.choose(
+                header["context_id"],
+                header["layer"],
+                query,
+                header["q_start"],
+                (log_scale, nearness),
+            )
         )
 
     def _do_close(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:

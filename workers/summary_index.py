@@ -148,12 +148,12 @@ class SummaryIndex:
         row: Row,
         query: Tensor,
         q_start: int,
-        log_scale: float,
+        weights: tuple[float, float],
         n_pages: int,
         keys_of: Callable[[int, int], np.ndarray],
     ) -> Tensor:
-        """Pages chosen by bookmarks at the retriever. keys_of: of pages [first, last) below n_pages, asked
-        for if it does not know them."""
+        """Pages chosen by bookmarks at the retriever. weights: log_scale and nearness of the layer. keys_of:
+        of pages [first, last) below n_pages, asked for if it does not know them."""
         known = self._known_of(row)
         first = known.get(layer, 0)
         if first < n_pages:
@@ -161,7 +161,7 @@ class SummaryIndex:
             self._add(row, layer, first, n_pages, keys[:, :, None, None])
             known[layer] = n_pages
         header = {"context_id": row.row_id, "layer": layer, "q_start": q_start}
-        header |= {"log_scale": log_scale, "q_shape": list(query.shape)}
+        header |= {"weights": list(weights), "q_shape": list(query.shape)}
         return _blocks(self._call(row, "choose", header, query))
 
     def _known_of(self, row: Row) -> dict[int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bookmarks import bookmark_scores
 from .train_capture import CELL
 
 QUERY_TOKENS = 64
@@ -31,6 +30,11 @@ def candidates(page_ends: Tensor, positions: Tensor, window: int = 0) -> Tensor:
     found = page_ends <= last
     found[:, 0] = False
     return found
+
+
+def page_distances(page_ends: Tensor, positions: Tensor, page_tokens: int) -> Tensor:
+    """From each page's start to the token after each position, in pages: float32 [n, m]."""
+    return (positions[:, None] - page_ends) / page_tokens + 1
 
 
 def page_mass(mass: Tensor, page_ends: Tensor, page_tokens: int, positions: Tensor) -> Tensor:
@@ -97,11 +101,6 @@ def contrastive_loss(
     every = logits if others is None else torch.cat((logits, others[:, asked]), dim=-1)
     loss: Tensor = (every.logsumexp(dim=-1) - right).mean(dim=-1)
     return loss
-
-
-def scaled_scores(queries: Tensor, keys: Tensor, log_scale: Tensor) -> Tensor:
-    """queries [L, n, H, D], keys [L, m, Hkv, D], log_scale [L] -> [L, n, m]."""
-    return bookmark_scores(queries, keys) * log_scale.exp()[:, None, None]
 
 
 def recall(scores: Tensor, mass: Tensor, allowed: Tensor, share: float) -> Tensor:

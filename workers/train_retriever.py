@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .bookmarks import Bookmarks
+from .bookmarks import Bookmarks, bookmark_scores
 from .train_capture import CELL, Capture
 from .train_forward import Frozen, states_of
 from .train_losses import (
@@ -25,14 +25,15 @@ from .train_losses import (
     candidates,
     contrastive_loss,
     kl_loss,
+    page_distances,
     page_mass,
     recall,
-    scaled_scores,
 )
 
 Loss = Literal["kl", "contrastive", "both"]
 FIRST_LAYER = 2
-"""Layers before it carry no loss: at layer 0 all bookmarks are equal, and policies select there otherwise."""
+"""Recall leaves out the layers before it: at layer 0 all bookmarks are equal, and policies select there
+otherwise."""
 RECALL_SHARES = (1 / 8, 1 / 3)
 """Of the candidate pages, at which recall is told."""
 
@@ -75,6 +76,10 @@ class Grid:
     positions: Tensor
     asks: tuple[int, ...]
 
+    def distances(self, page_tokens: int) -> Tensor:
+        """From each page's start to the token after each position, in pages: [n, m]."""
+        return page_distances(self.page_ends, self.positions, page_tokens)
+
 
 def grid_of(capture: Capture, page_tokens: int, offset: int, extra: Sequence[int]) -> Grid:
     """Pages that begin at `offset`; extra: further positions; the questions' positions are added."""
@@ -110,7 +115,7 @@ class Training:
         self.bookmarks, self.plan, self.step = bookmarks, plan, 0
         self.frozen = frozen
         named = dict(bookmarks.named_parameters())
-        own = [named.pop("embedding"), named.pop("log_scale")]
+        own = [named.pop(name) for name in ("embedding", "log_scale", "nearness")]
         groups = [{"params": list(named.values()), "times": 1.0}, {"params": own, "times": 3.0}]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
 
@@ -149,39 +154,48 @@ class Training:
         keys = [k[:, : len(grid.page_ends)] for (_, k), grid in zip(parts, grids, strict=True)]
         losses: dict[str, list[Tensor]] = {}
         for i, (capture, grid) in enumerate(zip(captures, grids, strict=True)):
-            scores = scaled_scores(parts[i][0], keys[i], bookmarks.log_scale)
+            content = bookmark_scores(parts[i][0], keys[i])
             near = candidates(grid.page_ends, grid.positions)
             if plan.loss != "contrastive":
                 mass = page_mass(capture.mass(), grid.page_ends, page_tokens, grid.positions)
                 far = candidates(grid.page_ends, grid.positions, WINDOW)
+                scores = bookmarks.ranked(content, grid.distances(page_tokens))
                 terms = (kl_loss(scores, mass, near) + kl_loss(scores, mass, far)) / 2
-                losses.setdefault("kl", []).append(terms[FIRST_LAYER:].mean())
+                losses.setdefault("kl", []).append(terms.mean())
             if plan.loss != "kl":
                 gold = gold_pages(capture, grid, page_tokens)
                 foreign = [k for j, k in enumerate(keys) if j != i]
                 others = None
                 if foreign:
-                    others = scaled_scores(
-                        parts[i][0], torch.cat(foreign, dim=1), bookmarks.log_scale
+                    others = _at_one_distance(
+                        bookmarks, bookmark_scores(parts[i][0], torch.cat(foreign, dim=1))
                     )
-                terms = contrastive_loss(scores, gold, near, others)[FIRST_LAYER:].mean()
+                asked = _at_one_distance(bookmarks, content)
+                terms = contrastive_loss(asked, gold, near, others)[FIRST_LAYER:].mean()
                 weight = plan.contrastive_weight if plan.loss == "both" else 1.0
                 losses.setdefault("contrastive", []).append(terms * weight)
         return {name: torch.stack(found).mean() for name, found in losses.items()}
 
 
+def _at_one_distance(bookmarks: Bookmarks, scores: Tensor) -> Tensor:
+    """What answers a question may stand anywhere, and other contexts' pages stand nowhere."""
+    return bookmarks.ranked(scores, torch.ones(scores.shape[1:]))
+
+
 @torch.no_grad()
 def evaluate(bookmarks: Bookmarks, frozen: Frozen, captures: Sequence[Capture]) -> dict[str, float]:
     """Recall of the dense model's mass on held-out contexts, pages on the real grid: means over layers
-    with loss, over queries and over both roles (the block, the tokens after). What no query has enough
-    candidates for is left out."""
+    but the first two, over queries and over both roles (the block, the tokens after). What no query has
+    enough candidates for is left out."""
     found: dict[str, list[Tensor]] = {}
     page_tokens = bookmarks.shape.page_tokens
     for capture in captures:
         grid = grid_of(capture, page_tokens, 0, [])
         states = states_of(bookmarks, frozen, [(capture, grid.positions)])
         keys = states.keys[:, : len(grid.page_ends)]
-        scores = scaled_scores(states.queries, keys, bookmarks.log_scale)
+        scores = bookmarks.ranked(
+            bookmark_scores(states.queries, keys), grid.distances(page_tokens)
+        )
         mass = page_mass(capture.mass(), grid.page_ends, page_tokens, grid.positions)
         for name, window in (("all", 0), ("far", WINDOW)):
             allowed = candidates(grid.page_ends, grid.positions, window)
@@ -201,13 +215,12 @@ def prepare(
     """Start of training: the embedding of a token that the model knows as an end, and scores of every
     layer scaled to spread by about one."""
     bookmarks.embedding.data.copy_(embedding)
-    bookmarks.log_scale.data.zero_()
     spreads = []
     with torch.no_grad():
         for capture in captures[:2]:
             grid = grid_of(capture, bookmarks.shape.page_tokens, 0, [])
             states = states_of(bookmarks, frozen, [(capture, grid.page_ends)])
-            scores = scaled_scores(states.queries, states.keys, bookmarks.log_scale)
+            scores = bookmark_scores(states.queries, states.keys)
             spreads.append(scores.std(dim=-1).mean(dim=-1))
     spread = torch.stack(spreads).mean(dim=0)
     bookmarks.log_scale.data.copy_(-spread.clamp(min=1e-3).log().clamp(-3, 3))

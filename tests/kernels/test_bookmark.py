@@ -86,6 +86,32 @@ def test_the_best_pages_are_chosen_and_ties_go_to_the_lower(head_reduce: str, ke
             assert mine == sorted(pages[i] for i in ranked)
 
 
+@pytest.mark.parametrize("head_reduce", ["all", "kv-group"])
+def test_a_page_twice_as_far_away_loses_by_nearness(head_reduce: str) -> None:
+    policy, q_start = policy_of(5, head_reduce=head_reduce), 40 * PAGE + 64
+    pages = list(whole_pages(q_start, policy))
+    query, keys = whole_numbers(len(pages), 4, 2, 3, seed=3)
+    scores = page_scores(query, keys, per_kv_head=head_reduce == "kv-group")
+    distances = torch.tensor([(q_start - start) / PAGE for start in pages])
+    far = int(distances.argmax())
+    for log_scale, nearness in [(0.0, 0.7), (-1.0, 0.7), (2.0, 0.1), (0.0, -3.0), (-3.0, 50.0)]:
+        wanted = scores * math.exp(log_scale) - nearness * distances.log2()
+        got = choose_pages(query, keys, q_start, policy, log_scale, nearness)
+        for mine, row in zip(got, wanted, strict=True):
+            assert mine.tolist() == sorted(pages[i] for i in row.topk(5).indices)
+    nearest = choose_pages(query, keys, q_start, policy, -3.0, 50.0)[0].tolist()
+    assert nearest == pages[-5:]
+    assert pages[far] in choose_pages(query, keys, q_start, policy, 0.0, -50.0)[0].tolist()
+
+
+def test_of_equal_pages_without_nearness_the_lower_wins() -> None:
+    policy, q_start = policy_of(5), 40 * PAGE
+    pages = list(whole_pages(q_start, policy))
+    query, keys = torch.ones(4, 3), np.ones((len(pages), 2, 3), np.float32)
+    assert choose_pages(query, keys, q_start, policy)[0].tolist() == pages[:5]
+    assert choose_pages(query, keys, q_start, policy, 0.0, 1e-3)[0].tolist() == pages[-5:]
+
+
 def test_top_p_ends_with_the_page_that_reaches_it() -> None:
     query, keys = whole_numbers(18, 4, 2, 16, seed=1)
     q_start = 20 * PAGE

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from longreach.core.stage import LayerPolicy, Stage
+from longreach.kernels.bookmark import choose_pages, whole_pages
 from longreach.workers.bookmark_file import shape_for
 from longreach.workers.bookmarks import Bookmarks, bookmark_scores, project, run_bookmarks
 from longreach.workers.model import ModelAdapter
 from longreach.workers.train_capture import MassStep
+from longreach.workers.train_losses import page_distances
 
 from .tiny import VOCAB, make_tiny
 
@@ -122,6 +125,27 @@ def test_whole_and_low_rank_projections_add_the_same(model: ModelAdapter) -> Non
     torch.testing.assert_close(
         run(model, whole, kv, end).keys, run(model, low, kv, end).keys, rtol=1e-3, atol=1e-3
     )
+
+
+def test_kernels_choose_by_what_training_ranks_by(model: ModelAdapter) -> None:
+    bookmarks = random_bookmarks(model)
+    torch.manual_seed(6)
+    shape = bookmarks.shape
+    query = torch.randn(1, shape.n_heads, shape.head_dim)
+    stage = Stage(scorer="bookmark", chunk=PAGE, keep=7 * PAGE, top_p=0.6)
+    policy = LayerPolicy(stages=(stage,), sink=0, window=PAGE)
+    position = 41 * PAGE - 1
+    pages = whole_pages(position + 1, policy)
+    keys = torch.randn(len(pages), shape.n_kv_heads, shape.head_dim)
+    ends = torch.arange(pages.start, pages.stop, PAGE) + PAGE - 1
+    distances = page_distances(ends, torch.tensor([position]), PAGE)
+    content = bookmark_scores(query, keys).expand(shape.n_layers, -1, -1)
+    for layer, row in enumerate(bookmarks.ranked(content, distances)[:, 0].detach()):
+        shares, order = row.softmax(dim=0).sort(descending=True)
+        n = min(7, int((shares.cumsum(0) < 0.6).sum()) + 1)
+        weights = (float(bookmarks.log_scale[layer]), float(bookmarks.nearness[layer]))
+        got = choose_pages(query[0], keys.numpy(), position + 1, policy, *weights)
+        assert got[0].tolist() == sorted((order[:n] * PAGE).tolist())
 
 
 def test_scores_are_sums_over_query_heads() -> None:

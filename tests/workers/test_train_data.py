@@ -215,7 +215,9 @@ def test_rows_are_put_among_others_that_share_words(builder: StreamBuilder) -> N
     for stream in found:
         assert 900 < stream.n_tokens <= 1024
         ((start, end),) = stream.asks[0].gold
-        assert "The colour of door" in builder._prompts.tokenizer.decode(stream.token_ids[start:end])
+        assert "The colour of door" in builder._prompts.tokenizer.decode(
+            stream.token_ids[start:end]
+        )
         places.add(start // 128)
     assert len(places) > 1
     assert streams(plan, [], rows, builder, held_out=True) == []

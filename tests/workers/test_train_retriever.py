@@ -87,8 +87,8 @@ def test_the_loss_falls(model: ModelAdapter, captures: list[Capture], loss: str)
     for name in set(found[0]) - {"norm"}:
         first, last = (sum(row[name] for row in part) for part in (found[:5], found[-5:]))
         assert last < 0.97 * first, name
-    for name, parameter in training.bookmarks.named_parameters():
-        assert not torch.equal(parameter, before[name]), name
+    same = {n for n, p in training.bookmarks.named_parameters() if torch.equal(p, before[n])}
+    assert same == ({"nearness"} if loss == "contrastive" else set())  # an answer stands anywhere
     assert all(p.grad is None for layer in model.layers for p in layer.parameters())
 
 
