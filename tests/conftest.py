@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # read by OpenMP when torch is imported: spinning threads starve the tests' other processes
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -22,6 +23,10 @@ if os.environ.get("LONGREACH_TEST_DEVICE", "cpu") == "cpu":
 # a shell's background jobs ignore Ctrl-C, and so would every process that the tests start and send it to
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# tests have a time limit of their own; that of a single example fails on machines with other work
+settings.register_profile("longreach", deadline=None)
+settings.load_profile("longreach")
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVICES = "services"

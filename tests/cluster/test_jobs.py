@@ -225,7 +225,7 @@ OPERATIONS = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(operations=st.lists(OPERATIONS, max_size=60))
 def test_any_history_ends_every_row_once(operations: list[tuple[str, int]]) -> None:
     book = JobBook(max_attempts=3)

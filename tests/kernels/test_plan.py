@@ -36,7 +36,7 @@ def keys_of(segment: Segment) -> torch.Tensor:
     return block_token_ids(segment.starts, segment.block_tokens)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_visible_key_is_in_one_segment(data):
     sink = data.draw(st.sampled_from([0, 8, 20, 64]))
@@ -112,7 +112,7 @@ def test_dense_is_all_window():
         assert torch.equal(mine.starts, theirs.starts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_tail_is_good_until_it_changes(data):
     """Before `tail_until` a new plan of the tail differs in its base alone."""

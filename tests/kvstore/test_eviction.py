@@ -227,5 +227,5 @@ class OrderMachine(RuleBasedStateMachine):
             assert self.order.next(choice) == (min(found)[1] if found else None), choice
 
 
-OrderMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+OrderMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestOrder = OrderMachine.TestCase

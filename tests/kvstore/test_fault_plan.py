@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longreach.core.fault_config import FaultsConfig, Sometimes
@@ -76,7 +76,6 @@ plans = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(plans, st.floats(0, 100), st.floats(0, 100))
 def test_a_schedule_is_the_same_in_one_piece_and_in_two(
     values: dict[str, object], a: float, b: float

@@ -141,7 +141,7 @@ def test_no_budget_no_hedge() -> None:
         assert plan.has_others(share.number)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 3), st.integers(1, 40))
 def test_any_history_ends_with_what_the_stores_could_give(
     seed: int, n_stores: int, n_replicas: int, n_keys: int

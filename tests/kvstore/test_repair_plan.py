@@ -256,7 +256,7 @@ class RepairMachine(RuleBasedStateMachine):
             assert self.cluster.survey(name) == []
 
 
-RepairMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+RepairMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=50)
 TestRepair = RepairMachine.TestCase
 
 

@@ -364,9 +364,9 @@ class ThroughMachine(TieredMachine):
     THROUGH = True
 
 
-ShardMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TieredMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-ThroughMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+ShardMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
+TieredMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+ThroughMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30)
 TestShard = ShardMachine.TestCase
 TestTiers = TieredMachine.TestCase
 TestThrough = ThroughMachine.TestCase

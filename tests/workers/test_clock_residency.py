@@ -125,7 +125,7 @@ _events = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 8), st.lists(_events, max_size=25))
 def test_any_history_is_the_sequential_walk(n_slots: int, events: list[tuple]) -> None:
     """Also: no page or slot twice, pinned pages and those of the step never leave, the same twice."""

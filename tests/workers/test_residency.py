@@ -81,7 +81,7 @@ def test_fits_counts_slots_that_others_pin() -> None:
     assert residency.fits(leaves(1, 3, 4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(
@@ -136,7 +136,7 @@ def test_any_history_keeps_slots_and_leaves_in_agreement(
         assert residency.n_unsafe == len(unsafe)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sets(st.integers(0, 9), min_size=1, max_size=4), max_size=30))
 def test_touching_is_planning_where_everything_is_resident(passes: list[set[int]]) -> None:
     planned, touched = Residency(6), Residency(6)
