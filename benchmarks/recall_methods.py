@@ -15,9 +15,9 @@ from longreach.kernels.ops import PagedKV
 from longreach.kernels.score import score_chunks
 from longreach.kernels.selection import reduce_heads
 from longreach.workers.bm25 import Bm25
-from longreach.workers.bookmarks import Bookmarks, BookmarkStates, bookmark_scores, run_bookmarks
+from longreach.workers.bookmarks import Bookmarks, bookmark_scores
 from longreach.workers.train_capture import CELL, Capture
-from longreach.workers.train_forward import Frozen
+from longreach.workers.train_forward import Frozen, states_of
 from longreach.workers.train_losses import QUERY_TOKENS, page_distances
 from longreach.workers.train_retriever import grid_of
 
@@ -110,23 +110,11 @@ class Methods:
     def _bookmark_scores(self, bookmarks: Bookmarks, capture: Capture, asked: Asked) -> Tensor:
         grid = grid_of(capture, PAGE_TOKENS, 0, asked.positions.tolist())
         with torch.no_grad():
-            states = self._states(bookmarks, capture, grid.positions)
+            states = states_of(bookmarks, self._frozen, [(capture, grid.positions)])
             m, n = len(asked.page_ends), len(asked.positions)
             scores = bookmark_scores(states.queries[:, m : m + n], states.keys[:, :m])
             distances = page_distances(asked.page_ends, asked.positions, PAGE_TOKENS)
             return bookmarks.ranked(scores, distances)
-
-    def _states(self, bookmarks: Bookmarks, capture: Capture, positions: Tensor) -> BookmarkStates:
-        where = (positions[:, None] + torch.arange(1 - PAGE_TOKENS, 1)).clamp(min=0)
-        keys, kv = capture.keys(), capture.rotated_keys_values()
-
-        def pages(layer: int) -> tuple[Tensor, Tensor]:
-            k, v = (x[:, where].float().transpose(0, 1) for x in (keys[layer], kv[layer, 1]))
-            return k, v
-
-        n_tokens = (positions + 1).clamp(max=PAGE_TOKENS)
-        layers, rope = self._frozen.layers, self._frozen.rope
-        return run_bookmarks(bookmarks, layers, rope, pages, n_tokens)
 
     def _scored(
         self, q: Tensor, view: PagedKV, chunk: int, policy: LayerPolicy, asked: Asked
