@@ -1,4 +1,5 @@
-"""Bookmarks of a worker's pages and rows (RetroLM): made as pages are, or again from stored keys and values.
+"""Bookmarks of a worker's pages and rows (RetroLM): made as pages are, taken from the store, or made again
+from stored keys and values.
 
 Keys lie in tables with one slot per page, shared by all rows that share the page. Queries belong to rows.
 """
@@ -21,6 +22,7 @@ from ..kernels.ops import (
     keeps_all_pages,
     whole_pages,
 )
+from .bookmark_store import BookmarkStore
 from .bookmarks import Bookmarks, BookmarkStates
 from .model import ModelAdapter
 from .page_reader import PageReader
@@ -66,6 +68,8 @@ class BookmarkIndex:
         self._name = bookmark_table(self.page_tokens)
         names = [(self._name,) if selects else () for selects in selecting]
         self._pool = SummaryPool(names, self.page_tokens)
+        self.store: BookmarkStore | None = None
+        """Where keys are kept beside pages; none without stores."""
         self._log_scale, self._nearness = bookmarks.log_scale.tolist(), bookmarks.nearness.tolist()
 
     def reserve(self, n_pages: int) -> None:
@@ -74,18 +78,45 @@ class BookmarkIndex:
 
     # --- keys of pages --------------------------------------------------------------------------
 
-    def bring_up(self, row: Row, n_pages: int) -> None:
-        """Make the keys of the row's first n_pages pages, all of them complete, that are not here: one
-        forward of one token per page."""
-        last, slots = self.layers[-1], row.page_ids.array
+    def bring_up(self, row: Row, n_pages: int) -> bool:
+        """A turn's worth of the keys of the row's first n_pages pages, all of them complete, that are not
+        here: taken from the store, or made by one forward of one token per page. True once all are here."""
+        first = self._n_ready(row, n_pages)
+        if first >= n_pages:
+            return True
+        if self.store is not None and (taken := self.store.take(row, first, n_pages)):
+            for pages, keys in taken:
+                row.stats.bookmarks_taken += len(pages)
+                for layer, of_layer in zip(self.layers, torch.from_numpy(keys), strict=True):
+                    self.put(layer, row, pages, of_layer)
+            return self._n_ready(row, n_pages) >= n_pages
+        stop = min(first + PIECE_PAGES, n_pages)
+        if self.store is not None:
+            stop = min(stop, self.store.groups.pages_of(first // self.store.groups.n_pages).stop)
+        pages = range(first, stop)
+        ends = [(page + 1) * self.page_tokens - 1 for page in pages]
+        made = self.run([(row, at) for at in ends]).keys
+        for layer in self.layers:
+            self.put(layer, row, pages, made[layer])
+        self.made(row, pages)
+        return pages.stop >= n_pages
+
+    def _n_ready(self, row: Row, n_pages: int) -> int:
         # a pass marks layers in ascending order, so what the last one has all have
-        first = self._pool.n_ready(last, slots[:n_pages], self._versions_of(row)[:n_pages])
-        for begin in range(first, n_pages, PIECE_PAGES):
-            end = min(begin + PIECE_PAGES, n_pages)
-            ends = [(page + 1) * self.page_tokens - 1 for page in range(begin, end)]
-            keys = self.run([(row, at) for at in ends]).keys
-            for layer in self.layers:
-                self.put(layer, row, range(begin, end), keys[layer])
+        last, slots = self.layers[-1], row.page_ids.array
+        return self._pool.n_ready(last, slots[:n_pages], self._versions_of(row)[:n_pages])
+
+    def made(self, row: Row, pages: range) -> None:
+        """The keys of these pages, and those of all before them, are here: full groups go to the store."""
+        row.stats.bookmarks_made += len(pages)
+        if self.store is None:
+            return
+        for group in self.store.groups.ended_by(pages):
+            if self.store.is_named(row, group):
+                of_group = self.store.groups.pages_of(group)
+                slots = row.page_ids.array[of_group.start : of_group.stop]
+                keys = [self._pool.bookmarks(layer, slots) for layer in self.layers]
+                self.store.put(row, group, np.stack(keys))
 
     def put(self, layer: int, row: Row, pages: range, keys: Tensor) -> None:
         """The pages have these keys [n, Hkv, D] in a layer that selects; layers in ascending order."""
@@ -107,7 +138,8 @@ class BookmarkIndex:
         wanted = []
         for row in rows:
             if self._is_due(row):
-                self.bring_up(row, row.n_done // self.page_tokens)
+                while not self.bring_up(row, row.n_done // self.page_tokens):
+                    pass  # pages that decode completed: never many
             at = max(row.n_prompt, row.n_done // self._refresh * self._refresh)
             if self._decoding and (row.bookmark is None or row.bookmark[0] != at):
                 wanted.append((row, at))  # now: a block that is full is not kept as it was appended

@@ -15,7 +15,10 @@ from ..core.page_key import RecipeFingerprint
 from ..core.stage import LayerPolicy
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient
+from .bookmark_file import fingerprint
+from .bookmark_groups import BookmarkGroups
 from .bookmark_index import BookmarkIndex
+from .bookmark_store import BookmarkStore
 from .bookmarks import Bookmarks
 from .cpu_memory import CpuMemory
 from .decode_step import DecodeStep
@@ -62,6 +65,10 @@ class CpuExecutor:
             self.bookmarks = BookmarkIndex(
                 bookmarks, model, policies, self.memory.reader, self.flow.versions_of, self.index
             )
+            if client is not None:
+                groups = BookmarkGroups(geometry, self.bookmarks.layers, fingerprint(bookmarks))
+                self.bookmarks.store = BookmarkStore(groups, client, self.flow.is_writing)
+                self.flow.write_beside = self.bookmarks.store.poll
         self.attention = self._attention(policies)
         self.prefill_attention = self.attention
         if any(policy.prefill_stages is not None for policy in policies):
@@ -91,12 +98,15 @@ class CpuExecutor:
         row.selections = [None] * n_layers
         row.plans = [None] * n_layers
 
+    def prepare(self, row: Row) -> bool:
+        n_pages = row.n_done // self._config.cache.page_tokens
+        return self.bookmarks is None or self.bookmarks.bring_up(row, n_pages)
+
     def prefill(self, row: Row, end: int) -> Tensor | None:
         start, question_block = row.n_done, self._config.attention.question_block
         blocks = query_blocks(start, end, row.question_start, question_block)
         beside = None
         if self.bookmarks is not None:
-            self.bookmarks.bring_up(row, start // self.attention.page_tokens)
             beside = PrefillBookmarks(self.bookmarks, row, start, end, blocks)
         step = PrefillStep(
             self.prefill_attention, row, start, blocks, row.question_start, question_block, beside
@@ -128,6 +138,8 @@ class CpuExecutor:
 
     def closed(self, row: Row) -> None:
         row.selections, row.plans, row.audit, row.bookmark = [], [], None, None
+        if self.bookmarks is not None and self.bookmarks.store is not None:
+            self.bookmarks.store.close(row)
         try:
             self.index.close(row)
         except LongreachError as exc:

@@ -245,6 +245,9 @@ class Engine:
 
     def _prefill(self, row: Row) -> None:
         started = time.monotonic()
+        if not self._executor.prepare(row):
+            row.stats.prefill_s += time.monotonic() - started
+            return
         start = row.n_done
         end = chunk_end(start, row.n_prompt, self._chunk_tokens())
         self.flow.reserve(row, end)

@@ -23,6 +23,11 @@ class Executor(Protocol):
         """The row has its leading pages and will be computed from row.n_done on."""
         ...
 
+    def prepare(self, row: Row) -> bool:
+        """A bounded part of what must be done before the row's next `prefill`; True when nothing is left, so
+        that other rows decode meanwhile."""
+        ...
+
     def prefill(self, row: Row, end: int) -> Tensor | None:
         """Compute prompt tokens row.n_done … end, whose pages are placed. Returns the logits [vocab] of the
         last one, float32 on the CPU, if it ends the prompt."""

@@ -98,6 +98,9 @@ class GpuExecutor:
                 gpu_ops.summarise_range(view, tables, 0, int(missing[0]), n_pages)
         self._summarised[ids] = versions
 
+    def prepare(self, row: Row) -> bool:
+        return True
+
     def prefill(self, row: Row, end: int) -> Tensor | None:
         start, question_block = row.n_done, self._config.attention.question_block
         blocks = query_blocks(start, end, row.question_start, question_block)

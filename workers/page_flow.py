@@ -67,6 +67,8 @@ class PageFlow:
         self._claims: dict[PageKey, Row] = {}
         self._generation = np.zeros(0, dtype=np.int64)
         self._drop_when_written: set[PageKey] = set()
+        self.write_beside: Callable[[], int] = lambda: 0
+        """Goes on with what else is written behind; returns how much is left."""
 
     # --- opening and closing rows ---------------------------------------------------------------
 
@@ -274,6 +276,10 @@ class PageFlow:
     def poll(self) -> None:
         """Take note of writes that ended: a safe page may leave the device; a failed one is tried
         again a little later, and stays on the device until then."""
+        self._poll_pages()
+        self.write_beside()
+
+    def _poll_pages(self) -> None:
         ended = [w for w in self._writes if w.future.done()]
         self._writes = [w for w in self._writes if not w.future.done()]
         for write in ended:
@@ -309,8 +315,15 @@ class PageFlow:
         ids = range(len(self.pages.keys))
         return {i for i in ids if self.pages.users[i] > 0 and self.pages.group_of(i) in lost}
 
+    def is_writing(self, keys: Sequence[PageKey]) -> bool:
+        """Whether any of these pages is still under way to the store."""
+        return not {write.key for write in self._writes}.isdisjoint(keys)
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until every write under way has ended; False if the time ran out."""
+        deadline = time.monotonic() + timeout_s
         wait([w.future for w in self._writes], timeout=timeout_s)
-        self.poll()
-        return not self._writes
+        self._poll_pages()
+        while (n_beside := self.write_beside()) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return not self._writes and not n_beside

@@ -70,5 +70,7 @@ class PrefillBookmarks:
 
     def finish(self) -> None:
         """All layers are done."""
+        if self._pages:
+            self._index.made(self._row, self._pages)
         if self._last:
             self._row.bookmark = (self._row.n_prompt, torch.stack(self._last))

@@ -51,6 +51,8 @@ class RowStats:
     bank_hits: int = 0
     bank_misses: int = 0
     attend_passes: int = 0
+    bookmarks_made: int = 0
+    bookmarks_taken: int = 0
     mass_kept_sum: float = 0.0
     mass_kept_n: int = 0
     seconds_linear: float = 0.0
