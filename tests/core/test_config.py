@@ -52,6 +52,7 @@ def test_the_files_are_the_ones_tested_here() -> None:
     assert {path.stem for path in CONFIGS} == {
         "dev",
         "infinitehip-16k-shallow",
+        "longreach",
         "longreach-3k",
         "one-machine-1m",
         "retrolm",
@@ -102,6 +103,18 @@ def test_our_preset_has_the_sizes_of_3k_and_searches_nothing() -> None:
         assert {stage.scorer for stage in mine.stages} == {"bounds"}
     # the paper has one query block for everything
     assert (ours.question_block, paper.question_block) == (16, 64)
+
+
+def test_both_together_attend_to_as_much_as_our_preset() -> None:
+    both = load_config([ROOT / "configs" / "longreach.yaml"])
+    ours = load_config([ROOT / "configs" / "longreach-3k.yaml"]).attention
+    assert (both.retriever.weights, both.cache.page_tokens) == ("embedded", 128)
+    first, rest = both.attention.policies
+    assert [policy.by_bookmark for policy in (first, rest)] == [False, True]
+    for policy in (first, rest):
+        assert policy.window == ours.policies[-1].window
+        assert policy.stages[-1].keep == ours.policies[-1].stages[-1].keep
+        assert policy.stages[0].chunk == both.cache.page_tokens
 
 
 def test_dev_runs_our_preset_on_one_node() -> None:
