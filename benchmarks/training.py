@@ -66,7 +66,7 @@ def draw(log: Sequence[Row], path: Path) -> Path | None:
         points = [(row["step"] + 1, row[name]) for row in log if name in row]
         right.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
     right.set(title="recall on held-out contexts", xlabel="step")
-    right.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.55))
+    right.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()
