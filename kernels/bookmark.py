@@ -17,6 +17,13 @@ from torch import Tensor
 from ..core.stage import LayerPolicy
 from .selection import candidate_end, top_chunks
 
+try:
+    from . import cpu_bookmark, cpu_top
+except ModuleNotFoundError as exc:  # numba is an optimisation
+    if exc.name not in ("numba", "llvmlite"):
+        raise
+    cpu_bookmark = cpu_top = None  # type: ignore[assignment]
+
 Keys = np.ndarray
 """float32 [n, Hkv, D], unrotated"""
 
@@ -36,22 +43,35 @@ def keeps_all_pages(q_start: int, policy: LayerPolicy) -> bool:
     return n_pages <= stage.keep // stage.chunk and (stage.top_p is None or not n_pages)
 
 
-def page_scores(query: Tensor, keys: Keys, *, per_kv_head: bool) -> Tensor:
+def page_scores(
+    query: Tensor, keys: Keys, *, per_kv_head: bool, slots: np.ndarray | None = None
+) -> Tensor:
     """Inner products summed over heads, over sqrt(D) and the number of heads.
 
-    query: [H, D] float32, unrotated. Returns float32 [1, n], or [Hkv, n] for a score per KV head.
+    query: [H, D] float32, unrotated; slots: int64 [n], where in `keys` each page's lie; as they come by
+    default. Returns float32 [1, n], or [Hkv, n] for a score per KV head.
     """
     n_heads, dim = query.shape
     n_kv_heads = keys.shape[1]
     group = n_heads // n_kv_heads
     # a KV head's key meets the sum of its query heads' queries, which is the same sum
     summed = _sum(query.numpy().reshape(n_kv_heads, group, dim).swapaxes(1, 2))
-    scores, n_summed = _sum(keys * summed), group
-    if not per_kv_head:
-        scores, n_summed = _sum(scores)[:, None], n_heads
+    where = np.arange(len(keys)) if slots is None else slots
+    if cpu_bookmark is not None:
+        scores = cpu_bookmark.summed_products(summed, keys, where, per_kv_head=per_kv_head)
+    else:
+        scores = summed_products(summed, keys, where, per_kv_head=per_kv_head)
     # divided last, so that equal sums stay equal
-    scores = scores / np.float32(math.sqrt(dim) * n_summed)
+    scores /= np.float32(math.sqrt(dim) * (group if per_kv_head else n_heads))
     return torch.from_numpy(np.ascontiguousarray(scores.T))
+
+
+def summed_products(
+    summed: np.ndarray, keys: Keys, slots: np.ndarray, *, per_kv_head: bool
+) -> np.ndarray:
+    """summed: float32 [Hkv, D]. Returns float32 [n, 1], or [n, Hkv] of each head alone."""
+    scores = _sum(keys[slots] * summed)
+    return scores if per_kv_head else _sum(scores)[:, None]
 
 
 def choose_pages(
@@ -61,23 +81,30 @@ def choose_pages(
     policy: LayerPolicy,
     log_scale: float = 0.0,
     nearness: float = 0.0,
+    slots: np.ndarray | None = None,
 ) -> Tensor:
     """What leaves the first stage for the queries at q_start: page starts, int64 [Hsel, n] ascending and
     padded with -1; equal scores go to the lower page.
 
-    keys: of `whole_pages`. log_scale, nearness: the layer's, see `Bookmarks`; the softmax of what they make
-    of scores estimates the shares that `top_p` counts.
+    keys: of `whole_pages`, or of more, `slots` being where those lie. log_scale, nearness: the layer's, see
+    `Bookmarks`; the softmax of what they make of scores estimates the shares that `top_p` counts.
     """
     stage, per_kv_head = policy.stages[0], policy.head_reduce == "kv-group"
     pages = whole_pages(q_start, policy)
     starts = torch.arange(pages.start, pages.stop, pages.step)
     starts = starts.expand(keys.shape[1] if per_kv_head else 1, -1)
+    n_keep = stage.keep // stage.chunk
     if keeps_all_pages(q_start, policy):
         return starts.contiguous()
-    scores = page_scores(query, keys, per_kv_head=per_kv_head) * math.exp(log_scale)
+    scores = page_scores(query, keys, per_kv_head=per_kv_head, slots=slots)
+    scores *= math.exp(log_scale)
     scores -= nearness * _log_distances(pages, q_start)
-    shares = scores.softmax(dim=-1).numpy() if stage.top_p is not None else None
-    return top_chunks(starts, scores, stage.keep // stage.chunk, shares, stage.top_p or 1.0)
+    if stage.top_p is not None:
+        shares = scores.softmax(dim=-1).numpy()
+        return top_chunks(starts, scores, n_keep, shares, stage.top_p)
+    if cpu_top is not None:
+        return cpu_top.top_chunks(starts, scores, n_keep)
+    return top_chunks(starts, scores, n_keep)
 
 
 def _log_distances(pages: range, q_start: int) -> Tensor:

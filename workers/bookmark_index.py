@@ -115,7 +115,7 @@ class BookmarkIndex:
             if self.store.is_named(row, group):
                 of_group = self.store.groups.pages_of(group)
                 slots = row.page_ids.array[of_group.start : of_group.stop]
-                keys = [self._pool.bookmarks(layer, slots) for layer in self.layers]
+                keys = [self._pool.bookmarks(layer)[slots] for layer in self.layers]
                 self.store.put(row, group, np.stack(keys))
 
     def put(self, layer: int, row: Row, pages: range, keys: Tensor) -> None:
@@ -175,11 +175,11 @@ class BookmarkIndex:
             raise InternalError(f"bookmarks of {n_ready} of {last} pages are here: bring them up")
         weights = (self._log_scale[layer], self._nearness[layer])
         if not self._summaries.chooses_there(layer, policy):
-            keys = self._pool.bookmarks(layer, slots[first:])
-            return choose_pages(query, keys, q_start, policy, *weights)
+            keys = self._pool.bookmarks(layer)
+            return choose_pages(query, keys, q_start, policy, *weights, slots[first:])
 
         def keys_of(begin: int, end: int) -> np.ndarray:
-            return self._pool.bookmarks(layer, slots[begin:end])
+            return self._pool.bookmarks(layer)[slots[begin:end]]
 
         return self._summaries.choose(layer, row, query, q_start, weights, last, keys_of)
 

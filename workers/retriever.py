@@ -186,7 +186,7 @@ class Retriever:
                 f"{layer}, {last} are asked for: add them first"
             )
         slots = np.array(context.slots[first:last], dtype=np.int64)
-        return choose_pages(query, self._pool.bookmarks(layer, slots), q_start, policy, *weights)
+        return choose_pages(query, self._pool.bookmarks(layer), q_start, policy, *weights, slots)
 
     def _cut_view(
         self,

@@ -95,10 +95,10 @@ class SummaryPool:
     def summaries(self, layer: int, slots: np.ndarray, n_pages: int) -> Summaries:
         return Summaries(self._tables[layer], slots, n_pages, self._page_tokens)
 
-    def bookmarks(self, layer: int, slots: np.ndarray) -> np.ndarray:
-        """Keys float32 [n, Hkv, D] that lie in these slots of the layer's one table."""
+    def bookmarks(self, layer: int) -> np.ndarray:
+        """Keys float32 [n_slots, Hkv, D] in all slots of the layer's one table."""
         (name,) = self.names[layer]
-        return self._tables[layer][name].numpy()[slots, :, 0, 0]
+        return self._tables[layer][name].numpy()[:, :, 0, 0]
 
     def _grow(self, layer: int, slots: np.ndarray) -> None:
         filled, n_slots = self._filled[layer], int(slots.max(initial=-1)) + 1

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from longreach.core.errors import InternalError
 from longreach.core.stage import LayerPolicy, Stage
-from longreach.kernels.bookmark import choose_pages, page_scores, whole_pages
+from longreach.kernels import bookmark, cpu_bookmark
+from longreach.kernels.bookmark import choose_pages, page_scores, summed_products, whole_pages
 from longreach.kernels.ops import PagedKV, Rope, select_blocks
 from longreach.workers.bookmarks import bookmark_scores
 
@@ -52,6 +53,51 @@ def test_a_score_does_not_depend_on_the_other_pages() -> None:
         for first, last in [(0, 1), (17, 19), (100, 300)]:
             part = page_scores(query, keys[first:last], per_kv_head=per_kv_head)
             assert torch.equal(part, whole[:, first:last])
+
+
+@pytest.mark.parametrize("per_kv_head", [False, True])
+@pytest.mark.parametrize(
+    ("n_pages", "n_heads", "n_kv_heads", "dim"),
+    [
+        (0, 4, 2, 16),
+        (1, 9, 3, 64),
+        (2049, 9, 3, 64),
+        (70, 5, 5, 80),
+        (300, 14, 2, 7),
+        (40, 8, 1, 1),
+    ],
+)
+def test_compiled_code_gives_the_bits_of_numpy(
+    n_pages: int, n_heads: int, n_kv_heads: int, dim: int, per_kv_head: bool
+) -> None:
+    rng = np.random.default_rng(n_pages)
+    summed = rng.standard_normal((n_kv_heads, dim)).astype(np.float32)
+    table = rng.standard_normal((n_pages + 5, n_kv_heads, dim)).astype(np.float32)
+    slots = rng.permutation(n_pages + 5)[:n_pages]
+    table[np.setdiff1d(np.arange(n_pages + 5), slots)] = np.nan
+    want = summed_products(summed, table, slots, per_kv_head=per_kv_head)
+    got = cpu_bookmark.summed_products(summed, table, slots, per_kv_head=per_kv_head)
+    assert got.tobytes() == want.tobytes()
+    query = torch.from_numpy(rng.standard_normal((n_heads, dim)).astype(np.float32))
+    placed = page_scores(query, table, per_kv_head=per_kv_head, slots=slots)
+    assert torch.equal(placed, page_scores(query, table[slots], per_kv_head=per_kv_head))
+    assert bool(placed.isfinite().all())
+
+
+@pytest.mark.parametrize("top_p", [None, 0.7])
+@pytest.mark.parametrize("head_reduce", ["all", "kv-group"])
+def test_without_numba_the_same_pages_are_chosen(
+    monkeypatch: pytest.MonkeyPatch, head_reduce: str, top_p: float | None
+) -> None:
+    policy, q_start = policy_of(6, head_reduce=head_reduce, top_p=top_p), 70 * PAGE
+    n = len(whole_pages(q_start, policy))
+    rng = np.random.default_rng(1)
+    query = torch.from_numpy(rng.standard_normal((4, 8)).astype(np.float32))
+    keys = rng.standard_normal((n, 2, 8)).astype(np.float32)
+    got = choose_pages(query, keys, q_start, policy, 0.3, 0.2)
+    for name in ("cpu_bookmark", "cpu_top"):
+        monkeypatch.setattr(bookmark, name, None)
+    assert torch.equal(choose_pages(query, keys, q_start, policy, 0.3, 0.2), got)
 
 
 @given(st.integers(0, 3000), st.integers(128, 700), st.integers(0, 3))
