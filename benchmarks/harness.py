@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -156,6 +157,7 @@ class Session:
 def open_session(config: Config, model: ModelAdapter, prompts: PromptBuilder) -> Iterator[Session]:
     """An engine whose pages go to stores of this process; arenas are gone afterwards."""
     geometry = model_geometry(config)
+    gc.collect()  # the session before this one is garbage in cycles, with its arenas
     with contextlib.ExitStack() as stack:
         addresses = {}
         stores = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ from .page import Bytes, Checksums, PageGeometry
 
 PRIVATE_SLOTS = 256
 """Page slots per private memory; memory is only taken as slots are used."""
+GONE: Bytes = np.zeros(0, np.uint8)
+"""In place of a memory that was given back."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,12 +36,16 @@ class PageHandle:
 
 
 class ClientMemory:
-    """`memories`: uint8 [n_bytes] arrays, only ever appended to. Thread-safe."""
+    """`memories`: uint8 [n_bytes] arrays, only ever appended to; `GONE` stands for those of a store that
+    died, once nothing points into them. Thread-safe."""
 
     def __init__(self, geometry: PageGeometry) -> None:
         self.geometry = geometry
         self.memories: list[Bytes] = []
         self._mapped: dict[str, int] = {}
+        self._store_of: dict[int, str] = {}
+        self._retired: dict[int, float] = {}
+        """Of stores that are gone: since when nothing has been known to point into them."""
         self._private: list[int] = []
         self._free: list[tuple[int, int]] = []
         self._lock = threading.Lock()
@@ -47,14 +54,45 @@ class ClientMemory:
         """Index of the memory that was added under this name."""
         return self._mapped.get(name)
 
-    def add(self, name: str, slots: Bytes) -> int:
+    def add(self, name: str, slots: Bytes, store_id: str = "") -> int:
         """A mapped arena or disk file, uint8 [n_slots, page_nbytes]. Returns its index. name: of the
         store's incarnation and which of the two it is."""
         with self._lock:
             if name not in self._mapped:
                 self.memories.append(slots.reshape(-1))
                 self._mapped[name] = len(self.memories) - 1
+                self._store_of[self._mapped[name]] = store_id
             return self._mapped[name]
+
+    def retire(self, store_id: str, kept: Container[int | None] = ()) -> None:
+        """The store is gone, or has other memories now: `kept`. A dead store's arena stays in memory for as
+        long as someone maps it, so `sweep` gives it back."""
+        with self._lock:
+            for index, owner in self._store_of.items():
+                if owner != store_id:
+                    continue
+                if index in kept:
+                    self._retired.pop(index, None)
+                else:
+                    self._retired.setdefault(index, float("inf"))
+
+    def sweep(self, in_use: Container[int], now_s: float, grace_s: float) -> int:
+        """Gives back retired memories that no handle has pointed into for grace_s, which is longer than a
+        call takes that got its pages before and has made no handle yet. Returns how many."""
+        n_gone = 0
+        with self._lock:
+            for index, since_s in list(self._retired.items()):
+                if index in in_use:
+                    self._retired[index] = float("inf")
+                elif since_s > now_s:
+                    self._retired[index] = now_s
+                elif now_s - since_s >= grace_s:
+                    self.memories[index] = GONE
+                    del self._retired[index], self._store_of[index]
+                    n_gone += 1
+            if n_gone:
+                self._mapped = {name: i for name, i in self._mapped.items() if i in self._store_of}
+        return n_gone
 
     def page(self, memory: int, slot: int) -> Bytes:
         """uint8 [page_nbytes], a view."""

@@ -104,6 +104,11 @@ class RowTable:
         with self._lock:
             return [row for row in self._rows.values() if key in row.handles]
 
+    def memories(self) -> set[int]:
+        """Those that some row's pages lie in."""
+        with self._lock:
+            return {h.memory for row in self._rows.values() for h in row.handles.values()}
+
     def get(self, name: str) -> Row | None:
         return self._rows.get(name)
 

@@ -51,14 +51,15 @@ def map_store(store_id: str, header: dict[str, Any], memory: ClientMemory) -> Gr
     try:
         if arena_memory is None:
             arena = Arena.open(header["arena"], memory.geometry, n_slots)
-            arena_memory = memory.add(incarnation, arena.slots)
+            arena_memory = memory.add(incarnation, arena.slots, store_id)
         if disk_path:
             disk_memory = memory.index_of(name := f"{incarnation} {disk_path}")
             if disk_memory is None:
                 disk = map_disk(disk_path, memory.geometry, int(header["disk_slots"]))
-                disk_memory = memory.add(name, disk)
+                disk_memory = memory.add(name, disk, store_id)
     except FailedPrecondition as exc:
         # the same node by name, but another mount of a directory (a container)
         logger.warning("store %s is read over the wire: %s", store_id, exc.message)
         return Greeting(incarnation)
+    memory.retire(store_id, kept=(arena_memory, disk_memory))
     return Greeting(incarnation, arena_memory, n_slots, disk_memory, disk_path)

@@ -38,9 +38,10 @@ class PageClient:
     """Pages of one worker. Thread-safe.
 
     `memories` are uint8 arrays that handles point into: arenas of stores on this node, mapped in
-    place, and private memories for pages that came over the wire. Entries are only appended, and a
-    dead store's arena stays readable. Pages that a row acquired or stored are pinned until
-    `release(row)`; leases are renewed in the background for as long as the client lives.
+    place, and private memories for pages that came over the wire. Entries are only appended. A dead
+    store's arena stays readable for as long as a row has pages there; after that it is empty. Pages
+    that a row acquired or stored are pinned until `release(row)`; leases are renewed in the background
+    for as long as the client lives.
     """
 
     def __init__(
@@ -306,6 +307,8 @@ class PageClient:
                     next_renewal_s = self._clock.monotonic_s() + renew_every_s
                     self._renew()
                 self._pool.release_again()
+                now_s = self._clock.monotonic_s()
+                self._memory.sweep(self._rows.memories(), now_s, 2 * self._timeout_s)
             except Exception:
                 logger.exception("page maintenance failed; it goes on")
 

@@ -121,6 +121,7 @@ class StoreLink:
     def close(self) -> None:
         self.closed = True
         self._channel.close()
+        self._memory.retire(self.store_id)
 
     def call(
         self,

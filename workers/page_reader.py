@@ -59,6 +59,10 @@ class PageReader:
 
     def close(self, row: Row) -> None:
         self._in_place.pop(row.row_id, None)
+        if self._client is not None:
+            for i, raw in enumerate(self._client.memories[: len(self._mapped)]):
+                if not len(raw) and len(self._mapped[i]):
+                    self._mapped[i] = self._mapped[i][:0].clone()  # of a dead store: given back
 
     def _memory(self, index: int) -> Tensor:
         assert self._client is not None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from longreach.core.clock import ManualClock
 from longreach.core.errors import (
     LongreachError,
     StoreUnreachable,
 )
 from longreach.core.page_key import PageKey, RecipeFingerprint
+from longreach.kvstore import page_client
+from longreach.kvstore.page_client import PageClient
 from longreach.kvstore.placement import rendezvous
 
 from .kv_helpers import GEOMETRY, ROOT, Stores, bytes_at, check, key_of, page_of, put, take
@@ -166,6 +171,51 @@ def test_a_restarted_store_is_another_arena(stores: Stores) -> None:
     check(client, new[1:], 6)
     assert take(client, range(4), "again") == [None] * 4
     client.close()
+
+
+def test_the_memory_of_dead_stores_is_given_back(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once no row has pages there: stores that die now and then would otherwise fill a worker's node."""
+    monkeypatch.setattr(page_client, "MAINTENANCE_S", 0.02)
+    before, clock = mapped_arenas(), ManualClock()
+    stores.start("store-0")
+    with contextlib.closing(stores.client(replicas=1, clock=clock)) as client:
+        (old,) = put(client, [1], "long")
+        for i in range(3):
+            stores.stop("store-0")
+            stores.start("store-0")
+            client.update_stores(stores.addresses)
+            put(client, [2 + i], "short")
+            client.release("short")
+        gc.collect()
+        assert len(mapped_arenas() - before) == 4
+        passes(client, clock, n_gone=2)
+        assert (bytes_at(client, old) == page_of(1)).all()
+        client.release("long")
+        passes(client, clock, n_gone=3)
+        check(client, put(client, [9], "later"), 9)
+        gc.collect()
+        assert len(mapped_arenas() - before) == 1
+        passes(client, clock, n_gone=3)
+
+
+def passes(client: PageClient, clock: ManualClock, n_gone: int) -> None:
+    """Time goes by until so many memories are given back, and for as long again."""
+    for _ in range(2):
+        deadline_s = time.monotonic() + 10
+        while sum(not len(memory) for memory in client.memories) != n_gone:
+            assert time.monotonic() < deadline_s
+            clock.advance(20.0)
+            time.sleep(0.05)
+        for _ in range(4):
+            clock.advance(20.0)
+            time.sleep(0.05)
+
+
+def mapped_arenas() -> set[str]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[5] for line in lines if "longreach-arena" in line}
 
 
 def test_a_restart_that_goes_unnoticed(stores: Stores) -> None:
