@@ -179,7 +179,8 @@ class BookmarkIndex:
             return choose_pages(query, keys, q_start, policy, *weights, slots[first:])
 
         def keys_of(begin: int, end: int) -> np.ndarray:
-            return self._pool.bookmarks(layer)[slots[begin:end]]
+            keys: np.ndarray = self._pool.bookmarks(layer)[slots[begin:end]]
+            return keys
 
         return self._summaries.choose(layer, row, query, q_start, weights, last, keys_of)
 
