@@ -98,6 +98,9 @@ class RetrieverConfig(Section):
     weights: str | None = None
     """Trained bookmarks, for stages of scorer `bookmark`: a safetensors file of `longreach
     train-retriever`, or `embedded` for those that come with the embedded model."""
+    asynchronous: bool = False
+    """In decode, pages chosen by the bookmark at position p take effect at p + refresh, so that no step waits
+    for the retriever. Needs `remote` and stages of scorer `bookmark`."""
     timeout_s: float = Field(default=20.0, gt=0)
     """Deadline of one call to a retriever."""
 
@@ -179,6 +182,12 @@ class Config(Section):
             )
         for i, policy in enumerate(self.attention.policies):
             self._check_policy(f"attention.policies.{i}", policy)
+        asked_ahead = self.retriever.remote and any(p.by_bookmark for p in policies)
+        if self.retriever.asynchronous and not asked_ahead:
+            raise ValueError(
+                "retriever.asynchronous needs retriever.remote: true and a layer whose first stage is of "
+                "scorer bookmark: only its queries are known before the step that uses their pages"
+            )
         self._check_faults()
         return self
 

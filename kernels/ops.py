@@ -17,7 +17,7 @@ from .plan import base_of, plan_attend, plan_tail, tail_until
 from .rope import Rope
 from .segments import Segment, Segments, touched_pages
 from .select import select_blocks
-from .selection import Selection, candidate_end
+from .selection import Selection, candidate_end, overlap_window
 from .summaries import (
     Summaries,
     TableName,
@@ -73,6 +73,7 @@ __all__ = [
     "keeps_all_pages",
     "linear_rows",
     "merge_partials",
+    "overlap_window",
     "page_summaries",
     "pages_of",
     "pieces",

@@ -7,7 +7,8 @@ Keys lie in tables with one slot per page, shared by all rows that share the pag
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from ..kernels.ops import (
     keeps_all_pages,
     whole_pages,
 )
+from .ask_ahead import Answer, AskAhead, Query
 from .bookmark_store import BookmarkStore
 from .bookmarks import Bookmarks, BookmarkStates
 from .model import ModelAdapter
 from .page_reader import PageReader
+from .retriever_client import Question
 from .row import Row
 from .scheduler import refresh_level
 from .summary_index import SummaryIndex
@@ -70,11 +73,19 @@ class BookmarkIndex:
         self._pool = SummaryPool(names, self.page_tokens)
         self.store: BookmarkStore | None = None
         """Where keys are kept beside pages; none without stores."""
+        self.ahead: AskAhead | None = None
+        """Where decode's choices are asked for ahead; none if each waits for its own."""
         self._log_scale, self._nearness = bookmarks.log_scale.tolist(), bookmarks.nearness.tolist()
 
     def reserve(self, n_pages: int) -> None:
         """Page numbers below this will be in use."""
         self._pool.reserve(n_pages)
+
+    def close(self, row: Row) -> None:
+        if self.store is not None:
+            self.store.close(row)
+        if self.ahead is not None:
+            self.ahead.close(row)
 
     # --- keys of pages --------------------------------------------------------------------------
 
@@ -137,32 +148,56 @@ class BookmarkIndex:
         """
         wanted = []
         for row in rows:
-            if self._is_due(row):
+            if self._due(row):
                 while not self.bring_up(row, row.n_done // self.page_tokens):
                     pass  # pages that decode completed: never many
             at = max(row.n_prompt, row.n_done // self._refresh * self._refresh)
             if self._decoding and (row.bookmark is None or row.bookmark[0] != at):
                 wanted.append((row, at))  # now: a block that is full is not kept as it was appended
-        if not wanted:
-            return
-        queries = self.run([(row, at - 1) for row, at in wanted]).queries
-        for i, (row, at) in enumerate(wanted):
-            row.bookmark = (at, queries[:, i])
+        if wanted:
+            queries = self.run([(row, at - 1) for row, at in wanted]).queries
+            for i, (row, at) in enumerate(wanted):
+                row.bookmark = (at, queries[:, i])
+        if self.ahead is not None:
+            self.ahead.ask((row, layer) for row in rows for layer in self._due(row))
 
-    def _is_due(self, row: Row) -> bool:
+    def _due(self, row: Row) -> list[int]:
+        """Layers that choose pages anew with the row's next token."""
         n_layers = len(self._policies)
-        return any(
-            row.selections[layer] is None
+        return [
+            layer
+            for layer in self._decoding
+            if row.selections[layer] is None
             or not refresh_level(
                 self._policies[layer].refreshes, row.n_done, layer, n_layers, False
             )
-            for layer in self._decoding
-        )
+        ]
 
     def choose(
         self, layer: int, row: Row, query: Tensor, q_start: int, policy: LayerPolicy
     ) -> Tensor:
         """Pages that leave the first stage for queries at q_start: starts int64 [Hsel, n]. query [H, D]."""
+        if self.ahead is not None and q_start >= row.n_prompt:
+            return self.ahead.take(layer, row, q_start)
+        found = self._choice(Query(layer, row, query, q_start), policy)
+        if not isinstance(found, Question):
+            return found
+        assert self._summaries.retrievers is not None
+        return self._summaries.retrievers.choose(found)
+
+    def begin(self, queries: Sequence[Query]) -> list[Answer]:
+        """Choices of decode's first stages: those made here are there at once."""
+        found = [self._choice(query, self._policies[query.layer]) for query in queries]
+        there = [one for one in found if isinstance(one, Question)]
+        answers: Iterator[Answer] = iter(())
+        if there:
+            assert self._summaries.retrievers is not None
+            answers = iter(self._summaries.retrievers.ask(there))
+        return [next(answers) if isinstance(one, Question) else _Here(one) for one in found]
+
+    def _choice(self, asked: Query, policy: LayerPolicy) -> Tensor | Question:
+        """The pages, or what to ask a retriever for them."""
+        layer, row, query, q_start = asked.layer, asked.row, asked.query, asked.q_start
         pages = whole_pages(q_start, policy)
         first, last = pages.start // self.page_tokens, -(-pages.stop // self.page_tokens)
         if keeps_all_pages(q_start, policy):
@@ -182,7 +217,7 @@ class BookmarkIndex:
             keys: np.ndarray = self._pool.bookmarks(layer)[slots[begin:end]]
             return keys
 
-        return self._summaries.choose(layer, row, query, q_start, weights, last, keys_of)
+        return Question(layer, row, query, q_start, weights, last, keys_of)
 
     # --- the forward pass -----------------------------------------------------------------------
 
@@ -256,3 +291,13 @@ class BookmarkIndex:
         pages = np.unique(ids[:, [0, -1]].clip(min=0) // self.page_tokens)
         self._reader.note_in_place(layer, row, pages)
         return keys, values
+
+
+@dataclass(frozen=True, eq=False)
+class _Here:
+    """An answer that nobody has to be asked for."""
+
+    pages: Tensor
+
+    def result(self, timeout_s: float) -> Tensor:
+        return self.pages

@@ -15,6 +15,7 @@ from ..core.page_key import RecipeFingerprint
 from ..core.stage import LayerPolicy
 from ..kvstore.page import PageGeometry
 from ..kvstore.page_client import PageClient
+from .ask_ahead import AskAhead
 from .bookmark_file import fingerprint
 from .bookmark_groups import BookmarkGroups
 from .bookmark_index import BookmarkIndex
@@ -65,6 +66,9 @@ class CpuExecutor:
             self.bookmarks = BookmarkIndex(
                 bookmarks, model, policies, self.memory.reader, self.flow.versions_of, self.index
             )
+            if config.retriever.asynchronous:
+                begin, timeout_s = self.bookmarks.begin, config.retriever.timeout_s
+                self.bookmarks.ahead = AskAhead(policies, begin, self.index.close, timeout_s)
             if client is not None:
                 groups = BookmarkGroups(geometry, self.bookmarks.layers, fingerprint(bookmarks))
                 self.bookmarks.store = BookmarkStore(groups, client, self.flow.is_writing)
@@ -138,8 +142,8 @@ class CpuExecutor:
 
     def closed(self, row: Row) -> None:
         row.selections, row.plans, row.audit, row.bookmark = [], [], None, None
-        if self.bookmarks is not None and self.bookmarks.store is not None:
-            self.bookmarks.store.close(row)
+        if self.bookmarks is not None:
+            self.bookmarks.close(row)
         try:
             self.index.close(row)
         except LongreachError as exc:

@@ -117,9 +117,14 @@ class Retriever:
     ) -> None:
         """What `page_summaries` made of the context's pages [first_page, last_page).
 
-        Raises NotFound for a context that is not open.
+        Raises NotFound for a context that is not open, InvalidInput if pages before them are missing.
         """
         context = self._context(context_id)
+        if first_page > context.n_pages[layer]:
+            raise InvalidInput(
+                f"context {context_id!r} has {context.n_pages[layer]} pages in layer {layer}; pages from "
+                f"{first_page} on would leave a gap: add those before them first"
+            )
         while len(context.slots) < last_page:
             context.slots.append(self._new_slot())
         slots = np.array(context.slots, dtype=np.int64)

@@ -72,6 +72,16 @@ class RetrieverService:
             )
         )
 
+    def _do_ask(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
+        """`add` and then `choose` of many contexts and layers at once."""
+        n_adds = len(header["adds"])
+        for add, data in zip(header["adds"], buffers[:n_adds], strict=True):
+            self._do_add(add, [data])
+        asks = zip(header["asks"], buffers[n_adds:], strict=True)
+        answers = [self._do_choose(ask, [data]) for ask, data in asks]
+        shapes = [answer.header["shape"] for answer in answers]
+        return Reply({"shapes": shapes}, [answer.buffers[0] for answer in answers])
+
     def _do_close(self, header: dict[str, Any], buffers: Sequence[memoryview]) -> Reply:
         self._retriever.close(header["context_id"])
         return Reply({})

@@ -89,6 +89,13 @@ def refresh_level(
     return len(refreshes)
 
 
+def next_refresh(position: int, layer: int, n_layers: int, interval: int) -> int:
+    """The next position after this one at which `refresh_level` is 0 in a layer whose first stage has this
+    interval."""
+    offset = layer * interval // n_layers
+    return position + interval - (position + offset) % interval
+
+
 def min_device_pages(policies: Sequence[LayerPolicy], page_tokens: int) -> int:
     """Smallest bank a row can run with: sink + window + the 8 pages of one group of blocks, and
     always the block being computed beside one group."""

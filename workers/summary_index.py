@@ -25,9 +25,8 @@ from ..kernels.ops import (
     pages_of,
     pieces,
 )
-from ..kvstore.placement import rendezvous
-from ..kvstore.transport import Channel, connect
 from .retriever import first_tables, summary_tables
+from .retriever_client import RetrieverClient
 from .row import Row
 from .summary_pool import SummaryPool
 
@@ -44,13 +43,13 @@ class SummaryIndex:
     ) -> None:
         self._policies = policies
         self._page_tokens = page_tokens
-        self._timeout_s = config.timeout_s
         names = summary_tables(policies, page_tokens)
         in_prefill = summary_tables([policy.in_prefill for policy in policies], page_tokens)
         self._first = first_tables(policies, page_tokens)
-        self._remote: dict[str, Channel] = {}
-        if config.remote and any(self._first):
-            self._remote = {name: connect(address) for name, address in retrievers.items()}
+        self.retrievers: RetrieverClient | None = None
+        """Where first stages are scored; none if that is done here."""
+        if config.remote and any(self._first) and retrievers:
+            self.retrievers = RetrieverClient(config, retrievers)
         self._pool = SummaryPool(
             [
                 tuple(dict.fromkeys((*self._here_of(i, p, a), *self._here_of(i, p.in_prefill, b))))
@@ -60,13 +59,11 @@ class SummaryIndex:
         )
         self._here: dict[str, dict[int, int]] = {}
         """Per row and layer, leading pages whose summaries are here."""
-        self._known: dict[str, dict[int, int]] = {}
-        """The same at the retriever."""
 
     def _scored_there(self, layer: int, policy: LayerPolicy) -> bool:
         """Retrievers score the first stage of decode's policies, and of prefill's where it is that."""
         same = policy.stages[:1] == self._policies[layer].stages[:1]
-        return bool(self._remote and self._first[layer]) and same
+        return self.retrievers is not None and bool(self._first[layer]) and same
 
     def _here_of(
         self, layer: int, policy: LayerPolicy, names: tuple[TableName, ...]
@@ -81,12 +78,8 @@ class SummaryIndex:
 
     def update_retrievers(self, addresses: dict[str, str]) -> None:
         """A retriever came back at another address: it has lost its contexts, so they are re-sent."""
-        for name, address in addresses.items():
-            channel = self._remote.get(name)
-            if channel is not None and channel.address != address:
-                channel.close()
-                self._remote[name] = connect(address)
-                self._known.clear()
+        if self.retrievers is not None:
+            self.retrievers.update(addresses)
 
     def summaries(
         self, layer: int, row: Row, view: PagedKV, versions_of: Callable[[Row], np.ndarray]
@@ -142,53 +135,16 @@ class SummaryIndex:
         """Whether a retriever scores the bookmarks of a policy."""
         return policy.by_bookmark and self._scored_there(layer, policy)
 
-    def choose(
-        self,
-        layer: int,
-        row: Row,
-        query: Tensor,
-        q_start: int,
-        weights: tuple[float, float],
-        n_pages: int,
-        keys_of: Callable[[int, int], np.ndarray],
-    ) -> Tensor:
-        """Pages chosen by bookmarks at the retriever. weights: log_scale and nearness of the layer. keys_of:
-        of pages [first, last) below n_pages, asked for if it does not know them."""
-        known = self._known_of(row)
-        first = known.get(layer, 0)
-        if first < n_pages:
-            keys = torch.from_numpy(keys_of(first, n_pages))
-            self._add(row, layer, first, n_pages, keys[:, :, None, None])
-            known[layer] = n_pages
-        header = {"context_id": row.row_id, "layer": layer, "q_start": q_start}
-        header |= {"weights": list(weights), "q_shape": list(query.shape)}
-        return _blocks(self._call(row, "choose", header, query))
-
-    def _known_of(self, row: Row) -> dict[int, int]:
-        if row.row_id not in self._known:
-            self._known[row.row_id] = self._open(row)
-        return self._known[row.row_id]
-
-    def _add(self, row: Row, layer: int, first: int, last: int, rows: Tensor) -> None:
-        header = {"context_id": row.row_id, "layer": layer, "first_page": first}
-        header |= {"last_page": last, "shape": list(rows.shape)}
-        self._call(row, "add", header, rows)
-
     def _bring_up(self, layer: int, row: Row, view: PagedKV, n_pages: int) -> None:
         """The retriever's summaries of the row's first n_pages full pages, as far as they are missing."""
-        known = self._known_of(row)
-        first = known.get(layer, 0)
+        assert self.retrievers is not None
+        first = self.retrievers.known(row, layer)
         if first >= n_pages:
             return
         name = self._first[layer][0]
         for begin, end in pieces(name, first, n_pages, self._page_tokens):
-            self._add(row, layer, begin, end, page_summaries(name, view, begin, end))
-        known[layer] = n_pages
-
-    def _open(self, row: Row) -> dict[int, int]:
-        header = {"context_id": row.row_id, "keys": [bytes(k) for k in row.keys]}
-        reply = self._call(row, "open", header, None)
-        return {int(k): int(v) for k, v in reply.header["known"].items()}
+            made = page_summaries(name, view, begin, end)
+            self.retrievers.add(row, layer, begin, end, made)
 
     def _select_remote(
         self,
@@ -200,8 +156,8 @@ class SummaryIndex:
         query_block: int,
         cut_keys: Tensor | None,
     ) -> Tensor:
+        assert self.retrievers is not None
         header: dict[str, Any] = {
-            "context_id": row.row_id,
             "layer": layer,
             "q_start": q_start,
             "scale": scale,
@@ -209,20 +165,8 @@ class SummaryIndex:
             "q_shape": list(q.shape),
             "cut_shape": None if cut_keys is None else list(cut_keys.shape),
         }
-        buffers = [_bytes(q)] + ([] if cut_keys is None else [_bytes(cut_keys)])
-        channel = self._remote[self._shard(row)]
-        reply = channel.call("select", header, buffers, timeout_s=self._timeout_s)
-        return _blocks(reply)
-
-    def _call(self, row: Row, method: str, header: dict[str, Any], data: Tensor | None) -> Any:
-        buffers = [] if data is None else [_bytes(data)]
-        channel = self._remote[self._shard(row)]
-        return channel.call(method, header, buffers, timeout_s=self._timeout_s)
-
-    def _shard(self, row: Row) -> str:
-        """Contexts are spread over retrievers by their first page, so that sharers meet."""
-        name = row.keys[0] if row.keys else row.row_id.encode()
-        return rendezvous(name, sorted(self._remote), 1)[0]  # type: ignore[arg-type]
+        tensors = [q] if cut_keys is None else [q, cut_keys]
+        return self.retrievers.select(row, header, tensors)
 
     def forget(self, layer: int, row: Row) -> None:
         """The row's pages were read badly: what was made of them is made again."""
@@ -231,14 +175,5 @@ class SummaryIndex:
 
     def close(self, row: Row) -> None:
         self._here.pop(row.row_id, None)
-        if self._known.pop(row.row_id, None) is not None:
-            self._call(row, "close", {"context_id": row.row_id}, None)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().numpy().reshape(-1).view(np.uint8).data
-
-
-def _blocks(reply: Any) -> Tensor:
-    blocks = np.frombuffer(reply.buffers[0], dtype="<i8").reshape(reply.header["shape"])
-    return torch.from_numpy(blocks.copy())
+        if self.retrievers is not None:
+            self.retrievers.close(row)
