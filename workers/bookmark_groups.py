@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import msgpack
 import numpy as np
 
 from ..core.page_key import PageKey
@@ -48,8 +47,11 @@ class BookmarkGroups:
 
     def name(self, last_key: PageKey) -> PageKey:
         """Of the group whose last page has this name, which stands for all pages before it too."""
-        made_of = msgpack.packb([last_key, self.fingerprint, list(self.layers)])
-        return PageKey(hashlib.sha256(TAG + made_of).digest())
+        digest = hashlib.sha256(TAG)
+        digest.update(last_key)
+        digest.update(repr(self.layers).encode())
+        digest.update(self.fingerprint)
+        return PageKey(digest.digest())
 
     def pack(self, keys: np.ndarray) -> Bytes:
         """keys float32 [L, n_pages, Hkv, D] -> uint8 [page_nbytes], padded with zeros."""
