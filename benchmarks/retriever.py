@@ -99,31 +99,34 @@ def queries(config: Config, n_pages: int, n_contexts: int, seconds: float) -> Ro
     geometry = model_geometry(config)
     policies = policies_of(config, geometry.n_layers)
     layer = next(i for i, policy in enumerate(policies) if policy.by_bookmark)
-    shape = (n_pages, geometry.n_kv_heads, 1, 1, geometry.head_dim)
+    key_shape = (geometry.n_kv_heads, 1, 1, geometry.head_dim)
     n_heads = int(load_model_config(model_dir(config.model)).num_attention_heads)
-    rng = np.random.default_rng(0)
     with RetrieverProcess(config) as process:
         channel = connect(process.address)
         for i in range(n_contexts):
-            _fill(channel, f"context-{i}", layer, rng.standard_normal(shape, dtype=np.float32))
+            _fill(channel, f"context-{i}", layer, n_pages, key_shape)
         times_s: list[list[float]] = [[] for _ in range(n_contexts)]
-        end_s = time.perf_counter() + seconds
+        ready = threading.Barrier(n_contexts + 1)
 
         def ask(i: int) -> None:
             mine = connect(process.address)
             q = np.random.default_rng(i).standard_normal((n_heads, geometry.head_dim), np.float32)
             header = {"context_id": f"context-{i}", "layer": layer, "q_start": n_pages * 128}
             header |= {"weights": [0.5, 0.1], "q_shape": list(q.shape)}
+            mine.call("choose", header, [q.tobytes()], timeout_s=TIMEOUT_S)  # loads its kernel
+            ready.wait()
+            end_s = time.perf_counter() + seconds
             while len(times_s[i]) < 3 or time.perf_counter() < end_s:
                 started_s = time.perf_counter()
                 mine.call("choose", header, [q.tobytes()], timeout_s=TIMEOUT_S)
                 times_s[i].append(time.perf_counter() - started_s)
             mine.close()
 
-        started_s = time.perf_counter()
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(n_contexts)]
         for thread in threads:
             thread.start()
+        ready.wait()
+        started_s = time.perf_counter()
         for thread in threads:
             thread.join()
         elapsed_s = time.perf_counter() - started_s
@@ -141,10 +144,14 @@ def queries(config: Config, n_pages: int, n_contexts: int, seconds: float) -> Ro
     }
 
 
-def _fill(channel: Channel, name: str, layer: int, keys: np.ndarray) -> None:
+def _fill(
+    channel: Channel, name: str, layer: int, n_pages: int, key_shape: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(0)
     channel.call("open", {"context_id": name, "keys": []}, timeout_s=TIMEOUT_S)
-    for first in range(0, len(keys), ADDED_PAGES):
-        part = keys[first : first + ADDED_PAGES]
+    for first in range(0, n_pages, ADDED_PAGES):
+        n_added = min(ADDED_PAGES, n_pages - first)
+        part = rng.standard_normal((n_added, *key_shape), dtype=np.float32)
         header = {"context_id": name, "layer": layer, "first_page": first}
         header |= {"last_page": first + len(part), "shape": list(part.shape)}
         channel.call("add", header, [part.tobytes()], timeout_s=TIMEOUT_S)

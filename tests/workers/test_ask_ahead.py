@@ -180,6 +180,12 @@ def test_the_rule_is_that_of_a_synchronous_simulation(
     assert mine != [one for one in expected if one[0] == len(PROMPTS[0])]
 
 
+def test_a_worker_without_retrievers_follows_the_same_rule(
+    config: Any, alone: list[list[int]]
+) -> None:
+    assert answers(make_engine(config(*ASYNCHRONOUS)), PROMPTS, N_NEW) == alone
+
+
 @pytest.mark.parametrize(
     ("delays_s", "n_retrievers"),
     [((0.004,), 1), ((0.0, 0.05, 0.0, 0.0, 0.02), 1), ((0.03, 0.0), 2)],
