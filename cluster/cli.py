@@ -15,6 +15,7 @@ from .cli_demo import ask_dense, demo
 from .cli_jobs import cancel, jobs, results, submit, watch
 from .cli_kv import kv_app
 from .cli_plan import plan
+from .cli_post_train import post_train
 from .cli_serve import serve
 from .cli_top import top
 from .cli_train import train_retriever
@@ -41,6 +42,7 @@ for command in (serve, submit, jobs, watch, results, cancel, generate, plan, top
     app.command()(command)
 app.command("dense")(ask_dense)
 app.command("train-retriever")(train_retriever)
+app.command("post-train")(post_train)
 
 
 @config_app.command("show")

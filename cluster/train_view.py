@@ -21,7 +21,7 @@ SPOKEN_EVERY_S = 20.0
 
 
 class TrainView(RunProgress):
-    """Bars on a terminal; in a pipe a line now and then, and one for each recall."""
+    """Bars on a terminal; in a pipe a line now and then, and one for each measurement."""
 
     def __init__(self, console: Console, n_steps: int) -> None:
         super().__init__()
@@ -53,12 +53,13 @@ class TrainView(RunProgress):
 
     def stepped(self, step: int, row: dict[str, float]) -> None:
         losses = ", ".join(
-            f"{name} {row[name]:.3f}" for name in ("kl", "contrastive") if name in row
+            f"{name} {row[name]:.3f}" for name in ("kl", "contrastive", "loss") if name in row
         )
         self._bar.update(self._steps, completed=step, description=f"steps ({losses})")
-        found = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("recall")]
+        measured = ("recall", "perplexity")
+        found = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith(measured)]
         if found or self._due():
-            self._print(f"step {step} of {self._n_steps}: {', '.join((losses, *found))}")
+            self._print(f"step {step} of {self._n_steps}: {', '.join(filter(None, (losses, *found)))}")
 
     def _due(self) -> bool:
         now_s = time.monotonic()

@@ -78,7 +78,7 @@ class ModelAdapter:
         own_kernels: bool = True,
     ) -> None:
         """source: a directory, or a model of transformers that was made with `ATTENTION`."""
-        model = _load(source, dtype) if isinstance(source, Path) else source
+        model = load_model(source, dtype) if isinstance(source, Path) else source
         self.config = model.config
         model.eval().requires_grad_(False)
         rotary = model.model.rotary_emb
@@ -173,7 +173,8 @@ def _add_own(bookmarks: Bookmarks, layer: int, n: int, rows: Tensor, out: Tensor
     out[-n:] += torch.cat(own, dim=-1)
 
 
-def _load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of transformers with our attention. Raises UnsupportedModel."""
     from transformers import AutoModelForCausalLM
 
     load_model_config(directory)  # refuses what we do not support

@@ -1,29 +1,47 @@
-"""Checkpoints of a training run: bookmarks, the optimizer's moments, the step, the losses so far."""
+"""Checkpoints of a training run: what learns, the optimizer's moments, the step, the losses so far."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import FailedPrecondition, InvalidInput
 from .tensor_file import save_tensors
-from .train_retriever import Training
+from .train_schedule import Schedule
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+WEIGHT = "weight"
+
+
+class Learning(Protocol):
+    """A run as far as a checkpoint knows it."""
+
+    step: int
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def plan(self) -> Schedule: ...
+
+    @property
+    def learned(self) -> Mapping[str, nn.Parameter]:
+        """By name."""
+        ...
 
 
 def save_checkpoint(
-    path: Path, training: Training, about: dict[str, Any], log: list[dict[str, float]]
+    path: Path, training: Learning, about: dict[str, Any], log: list[dict[str, float]]
 ) -> None:
     """about: data and model of the run, which a later run has to share."""
-    tensors: dict[str, Tensor] = dict(training.bookmarks.state_dict())
-    for name, parameter in training.bookmarks.named_parameters():
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in training.learned.items():
+        tensors[f"{WEIGHT}/{name}"] = parameter.data
         for moment, value in training.optimizer.state.get(parameter, {}).items():
             tensors[f"{moment}/{name}"] = torch.as_tensor(value)
     made = {"step": training.step, "log": log, "run": run_of(training, about)}
@@ -31,7 +49,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, training: Training, about: dict[str, Any]
+    path: Path, training: Learning, about: dict[str, Any]
 ) -> list[dict[str, float]]:
     """Put a run back to where it was saved. Returns its log.
 
@@ -52,13 +70,12 @@ def load_checkpoint(
             f"checkpoint {path} was made with other {', '.join(differing)}; give the same ones, or "
             "start without --resume"
         )
-    moments = {name: tensor for name, tensor in tensors.items() if "/" in name}
-    training.bookmarks.load_state_dict({k: v for k, v in tensors.items() if "/" not in k})
-    for name, parameter in training.bookmarks.named_parameters():
+    for name, parameter in training.learned.items():
+        parameter.data.copy_(tensors[f"{WEIGHT}/{name}"])
         kept = {
-            moment: moments[f"{moment}/{name}"]
+            moment: tensors[f"{moment}/{name}"]
             for moment in MOMENTS
-            if f"{moment}/{name}" in moments
+            if f"{moment}/{name}" in tensors
         }
         if kept:
             training.optimizer.state[parameter] = kept
@@ -66,7 +83,6 @@ def load_checkpoint(
     return list(made["log"])
 
 
-def run_of(training: Training, about: dict[str, Any]) -> dict[str, Any]:
+def run_of(training: Learning, about: dict[str, Any]) -> dict[str, Any]:
     """What two halves of a run must have in common."""
-    shape = asdict(training.bookmarks.shape)
-    return {"plan": asdict(training.plan), "shape": shape, **about}
+    return {"plan": asdict(training.plan), **about}

@@ -29,6 +29,7 @@ from .train_losses import (
     page_mass,
     recall,
 )
+from .train_schedule import Schedule
 
 Loss = Literal["kl", "contrastive", "both"]
 FIRST_LAYER = 2
@@ -38,33 +39,18 @@ RECALL_SHARES = (1 / 8, 1 / 3)
 """Of the candidate pages, at which recall is told."""
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan(Schedule):
     """What a run does, apart from its data; a checkpoint fits only the plan it was made with."""
 
     n_steps: int = 700
-    n_contexts: int = 1
-    """Per step."""
+    learning_rate: float = 3e-3
     n_queries: int = 32
     """Bookmarks per context that only ask, beside those of the pages."""
     loss: Loss = "kl"
-    learning_rate: float = 3e-3
-    warm_up_share: float = 0.05
-    last_rate_share: float = 0.05
-    """Of the learning rate, where the cosine ends."""
     contrastive_weight: float = 0.2
     """Beside KL, where both are wanted."""
-    seed: int = 0
     evaluate_every: int = 100
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: a linear warm-up, then a cosine."""
-        warm_up = max(1, round(self.n_steps * self.warm_up_share))
-        if step < warm_up:
-            return self.learning_rate * (step + 1) / warm_up
-        done = (step - warm_up) / max(1, self.n_steps - warm_up)
-        share = self.last_rate_share
-        return self.learning_rate * (share + (1 - share) * (1 + math.cos(math.pi * done)) / 2)
 
 
 @dataclass(frozen=True)
@@ -117,12 +103,13 @@ class Training:
         named = dict(bookmarks.named_parameters())
         own = [named.pop(name) for name in ("embedding", "log_scale", "nearness")]
         groups = [{"params": list(named.values()), "times": 1.0}, {"params": own, "times": 3.0}]
+        self.learned = dict(bookmarks.named_parameters())
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
 
     def train_step(self, captures: Sequence[Capture]) -> dict[str, float]:
         """One step on contexts drawn from these. Returns its losses, means over layers."""
         rng = random.Random(f"{self.plan.seed} {self.step}")
-        chosen = [captures[i] for i in self._drawn(len(captures))]
+        chosen = [captures[i] for i in self.plan.drawn(self.step, len(captures))]
         page_tokens = self.bookmarks.shape.page_tokens
         grids = [random_grid(c, page_tokens, self.plan.n_queries, rng) for c in chosen]
         losses = self._losses(chosen, grids)
@@ -135,14 +122,6 @@ class Training:
         self.optimizer.step()
         self.step += 1
         return {name: float(loss.detach()) for name, loss in losses.items()} | {"norm": float(norm)}
-
-    def _drawn(self, n: int) -> list[int]:
-        """Every context once in each round, in an order of its own."""
-        first, found = self.step * self.plan.n_contexts, []
-        for at in range(first, first + self.plan.n_contexts):
-            order = random.Random(f"{self.plan.seed} round {at // n}").sample(range(n), n)
-            found.append(order[at % n])
-        return found
 
     def _losses(self, captures: Sequence[Capture], grids: Sequence[Grid]) -> dict[str, Tensor]:
         bookmarks, plan = self.bookmarks, self.plan

@@ -117,6 +117,7 @@ def run_training(run: Run, progress: Progress) -> Card:
     training = Training(bookmarks, frozen, run.plan)
     about = {
         "model": fingerprint,
+        "shape": asdict(bookmarks.shape),
         "data": asdict(run.data),
         "contexts": [capture.path.stem for capture in (*captures, *held_out)],
     }

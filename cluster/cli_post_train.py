@@ -1,0 +1,150 @@
+"""`longreach post-train`: a model that was trained on retrieved pages, from any text. No gateway, no GPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..core.config import Config, load_config
+from ..core.errors import ConfigError
+from .cli_base import ConfigFiles, Sets, out
+
+
+def post_train(
+    out_folder: Annotated[Path, typer.Option("--out", help="Where the new model goes: a folder.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="JSONL of context, question, and answer or gold; may be repeated."),
+    ] = [],  # noqa: B006
+    text: Annotated[
+        list[Path], typer.Option(help="Text file, or folder of them; may be repeated.")
+    ] = [],  # noqa: B006
+    packages: Annotated[
+        list[str],
+        typer.Option(
+            "--package",
+            help="Installed package whose documentation is read, 'python' for its own library; may be "
+            "repeated. Without any data, text and package: a fixed few.",
+        ),
+    ] = [],  # noqa: B006
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="What is done with text, in turn: text, needle, needles, key-value, sentences."
+        ),
+    ] = "text,needles,text,key-value,text,sentences",
+    budget: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens a layer reads: the first page, the window, the pages retrieved."
+        ),
+    ] = 2048,
+    window: Annotated[int, typer.Option(min=1, help="Latest tokens that are always read.")] = 256,
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers that read everything, like 0-1 or 0,5; empty for none.")
+    ] = "0-1",
+    full: Annotated[
+        bool, typer.Option("--full", help="Train every weight instead of adapters (LoRA).")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16,
+    alpha: Annotated[
+        float, typer.Option(min=0.0, help="Of the adapters, whose part is scaled by alpha / rank.")
+    ] = 32.0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 24,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 24,
+    context_tokens: Annotated[
+        int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
+    ] = 4096,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Contexts of other documents, to measure perplexity on.")
+    ] = 2,
+    per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 1e-3,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between perplexities.")] = 24,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 8,
+    work_dir: Annotated[Path, typer.Option(help="For the checkpoint.")] = Path(".longreach/train"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --work-dir.")
+    ] = False,
+    curve: Annotated[
+        Path | None, typer.Option(help="JSON file for losses and perplexity by step.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    config: ConfigFiles = [],  # noqa: B006
+    set_: Sets = [],  # noqa: B006
+) -> None:
+    """Train a model on what its bookmarks retrieve (RetroLM, stage 2), with the loss of plain text.
+
+    Needs bookmarks that were trained for the model (retriever.weights; the embedded model has some). What
+    comes out is a folder for model.name, with the bookmarks and a configuration that serves both.
+    """
+    from ..workers.post_run import PostRun, run_post_training
+    from ..workers.post_training import PostPlan
+    from ..workers.train_run import Sources
+    from ..workers.train_streams import DataPlan
+    from .train_view import TrainView, write_curve
+
+    settings = load_config(config, set_)
+    run = PostRun(
+        out=out_folder,
+        work_dir=work_dir,
+        bookmarks=_bookmarks_of(settings),
+        model=settings.model,
+        sources=Sources(tuple(packages), tuple(text), tuple(data)),
+        data=DataPlan(
+            n_contexts=contexts,
+            n_held_out=held_out,
+            context_tokens=context_tokens,
+            tasks=tuple(name.strip() for name in tasks.split(",")),
+            seed=seed,
+        ),
+        plan=PostPlan(
+            n_steps=steps,
+            n_contexts=per_step,
+            learning_rate=learning_rate,
+            budget=budget,
+            window=window,
+            dense_layers=dense_layers.strip(),
+            rank=None if full else rank,
+            alpha=alpha,
+            seed=seed,
+            evaluate_every=evaluate_every,
+        ),
+        resume=resume,
+        checkpoint_every=checkpoint_every,
+    )
+    view = TrainView(out, steps)
+    started_s = time.monotonic()
+    with view.shown():
+        card = run_post_training(run, view)
+    if curve is not None:
+        write_curve(curve, view.log)
+    out.print(_summary(out_folder, card, time.monotonic() - started_s))
+
+
+def _bookmarks_of(config: Config) -> str:
+    if config.retriever.weights is not None:
+        return config.retriever.weights
+    if config.model.name == "embedded":
+        return "embedded"
+    raise ConfigError(
+        "retriever.weights: give the bookmarks of this model: make them with `longreach train-retriever` and "
+        "--set retriever.weights=FILE",
+        path="retriever.weights",
+    )
+
+
+def _summary(folder: Path, card: dict[str, Any], took_s: float) -> Table:
+    """What was saved."""
+    table = Table("", "", show_header=False, title="Post-trained model")
+    table.add_row("model", f"{folder}, weights {card['fingerprint'][:12]}")
+    table.add_row("from", f"{card['base']}, weights {card['base_fingerprint'][:12]}")
+    table.add_row("trained", f"{card['plan']['n_steps']} steps in {took_s / 60:.1f} minutes")
+    for name, value in card["perplexity"].items():
+        table.add_row(f"perplexity, held out: {name}", f"{value:.3f}")
+    table.add_row("serve it", f"longreach serve --config {folder / 'longreach.yaml'}")
+    return table

@@ -1,0 +1,236 @@
+"""A whole run of post-training: data, steps, checkpoints, the model folder at its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..core.config import Config, ModelConfig
+from ..core.errors import AlreadyExists, InvalidInput
+from ..core.stage import DENSE, LayerPolicy
+from .bookmark_file import fingerprint, load_bookmarks, save_bookmarks, weights_fingerprint
+from .bookmark_source import weights_file
+from .bookmarks import Bookmarks
+from .lora import add_lora, merge_lora
+from .model import ModelAdapter, load_model
+from .model_source import load_model_config, model_dir
+from .post_training import PostPlan, PostTraining, by_layer, perplexity, policies_for
+from .prompt import PromptBuilder
+from .sparse_forward import Decoder, SparseForward
+from .threads import use_threads
+from .train_checkpoint import load_checkpoint, save_checkpoint
+from .train_prompt import Stream, StreamBuilder
+from .train_run import Progress, Sources
+from .train_streams import DataPlan, streams
+
+CARD = "post_training.json"
+BOOKMARKS = Path("retriever") / "bookmarks.safetensors"
+"""In a folder of its own: all safetensors beside config.json are the model's."""
+SERVE = "longreach.yaml"
+_OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class PostRun:
+    """Everything a run is made of. out: the folder of the new model; bookmarks: weights, or "embedded"."""
+
+    out: Path
+    work_dir: Path
+    bookmarks: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sources: Sources = field(default_factory=Sources)
+    data: DataPlan = field(default_factory=DataPlan)
+    plan: PostPlan = field(default_factory=PostPlan)
+    resume: bool = False
+    checkpoint_every: int = 8
+
+
+def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
+    """Train, save, and return the card of what was saved.
+
+    Raises InvalidInput and its kind for data and settings that cannot be used (bookmarks of another model
+    among them), AlreadyExists for a folder that is there, UnsupportedModel.
+    """
+    run.data.check()
+    if run.out.exists():
+        raise AlreadyExists(f"{run.out} exists; give a folder that does not")
+    directory = model_dir(run.model)
+    window = int(load_model_config(directory).max_position_embeddings)
+    if run.data.context_tokens > window:
+        raise InvalidInput(
+            f"context-tokens is {run.data.context_tokens}, the model's window {window}: it was not trained "
+            "beyond it"
+        )
+    checkpoint = run.work_dir / "post-training.safetensors"
+    if run.resume and not checkpoint.is_file():
+        raise InvalidInput(f"there is no checkpoint in {run.work_dir}; start without --resume")
+    use_threads(run.model.n_threads)
+    bookmarks = load_bookmarks(run.bookmarks, directory)
+    policies = policies_for(run.plan, bookmarks.shape.page_tokens)
+    if run.data.context_tokens <= run.plan.budget:
+        progress.say("contexts are within the budget: every page is read, training is dense")
+
+    documents, rows, origin = run.sources.read()
+    progress.say(f"{len(documents):,} documents, {len(rows):,} questions")
+    builder = StreamBuilder(PromptBuilder(Config(model=run.model)))
+    own, held_out = (
+        streams(run.data, documents, rows, builder, held_out=side) for side in (False, True)
+    )
+    decoder = decoder_of(directory)
+    forward = SparseForward(decoder, bookmarks, by_layer(policies, len(decoder.layers)))
+    training = PostTraining(forward, learned_of(decoder, run.plan), run.plan)
+    made_of = {
+        "model": weights_fingerprint(directory),
+        "bookmarks": fingerprint(bookmarks).hex(),
+        "data": asdict(run.data),
+    }
+    _steps(run, training, own, held_out, checkpoint, made_of, progress)
+
+    merge_lora(decoder.layers)
+    card = {
+        "base": run.model.name,
+        "base_fingerprint": made_of["model"],
+        "bookmarks_fingerprint": made_of["bookmarks"],
+        "plan": asdict(run.plan),
+        "data": asdict(run.data),
+        "text": origin,
+        "contexts": len(own),
+        "tokens": sum(stream.n_tokens for stream in own),
+        "perplexity": _perplexities(progress.log),
+    }
+    return save_model(run, decoder, directory, policies, card)
+
+
+def decoder_of(directory: Path) -> Decoder:
+    """A model in float32 whose rotary module is an identity; nothing learns yet."""
+    model = load_model(directory, torch.float32)
+    return Decoder(model, ModelAdapter(model, own_kernels=False).rope)
+
+
+def learned_of(decoder: Decoder, plan: PostPlan) -> dict[str, torch.nn.Parameter]:
+    """LoRA's adapters, put in here, or every weight; by name."""
+    if plan.rank is not None:
+        torch.manual_seed(plan.seed)
+        return add_lora(decoder.layers, plan.rank, plan.alpha)
+    decoder.model.requires_grad_(True)
+    return dict(decoder.model.named_parameters())
+
+
+def _steps(
+    run: PostRun,
+    training: PostTraining,
+    own: Sequence[Stream],
+    held_out: Sequence[Stream],
+    checkpoint: Path,
+    made_of: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """The first row of the log is the model as it was."""
+    plan = run.plan
+    digest = hashlib.sha256()
+    for stream in (*own, *held_out):
+        digest.update(stream.token_ids.tobytes())
+    about = made_of | {"contexts": digest.hexdigest()}
+    if run.resume:
+        progress.log[:] = load_checkpoint(checkpoint, training, about)
+        progress.say(f"taken up at step {training.step}")
+    elif held_out:
+        row = {"step": 0.0, **_measured(training.forward, held_out)}
+        progress.log.append(row)
+        progress.stepped(0, row)
+    while training.step < plan.n_steps:
+        row = {"rate": plan.rate(training.step)} | training.train_step(own)
+        row = {"step": float(training.step)} | row
+        last = training.step == plan.n_steps
+        if held_out and (last or training.step % plan.evaluate_every == 0):
+            row |= _measured(training.forward, held_out)
+        progress.log.append(row)
+        if last or training.step % run.checkpoint_every == 0:
+            save_checkpoint(checkpoint, training, about, progress.log)
+        progress.stepped(training.step, row)
+
+
+def _measured(forward: SparseForward, held_out: Sequence[Stream]) -> dict[str, float]:
+    """Perplexity within the budget, and with every key read in every layer."""
+    dense = SparseForward(forward.decoder, forward.bookmarks, [DENSE] * len(forward.policies))
+    return {
+        "perplexity": perplexity(forward, held_out),
+        "perplexity dense": perplexity(dense, held_out),
+    }
+
+
+def _perplexities(log: Sequence[dict[str, float]]) -> dict[str, float]:
+    """On the held-out contexts, at the beginning and at the end."""
+    rows = [row for row in log if "perplexity" in row]
+    if not rows:
+        return {}
+    return {
+        f"{name} {when}": row[f"perplexity{suffix}"]
+        for when, row in (("before", rows[0]), ("after", rows[-1]))
+        for name, suffix in (("sparse", ""), ("dense", " dense"))
+    }
+
+
+# --- the folder at the end ------------------------------------------------------------------------
+
+
+def save_model(
+    run: PostRun,
+    decoder: Decoder,
+    directory: Path,
+    policies: Sequence[LayerPolicy],
+    card: dict[str, Any],
+) -> dict[str, Any]:
+    """Weights in float32, tokenizer, card, the bookmarks under the new model's name, and a configuration
+    that serves all of it. The folder is there whole or not at all."""
+    part = run.out.with_name(run.out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    decoder.model.save_pretrained(part)
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name not in _OF_THE_MODEL:
+            shutil.copy(path, part)
+    card = card | {"fingerprint": weights_fingerprint(part)}
+    (part / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    loaded = load_bookmarks(run.bookmarks, directory)
+    _relabel(part / BOOKMARKS, loaded, run, card)
+    (part / SERVE).write_text(_serving(run.out.absolute(), policies, loaded), encoding="utf-8")
+    os.rename(part, run.out)
+    return card
+
+
+def _relabel(path: Path, bookmarks: Bookmarks, run: PostRun, card: dict[str, Any]) -> None:
+    """The numbers as they are. How well they do was measured on the model before, so that is not said."""
+    save_bookmarks(
+        path,
+        bookmarks,
+        model=str(run.out),
+        model_fingerprint=card["fingerprint"],
+        training={
+            "trained_for": card["base_fingerprint"],
+            "weights": weights_file(run.bookmarks).name,
+        },
+        recall={},
+    )
+
+
+def _serving(folder: Path, policies: Sequence[LayerPolicy], bookmarks: Bookmarks) -> str:
+    """YAML for `--config`, with the policies that the model was trained with."""
+    tree = {
+        "model": {"name": str(folder)},
+        "cache": {"page_tokens": bookmarks.shape.page_tokens},
+        "retriever": {"weights": str(folder / BOOKMARKS)},
+        "attention": {
+            "policies": [p.model_dump(mode="json", exclude_defaults=True) for p in policies]
+        },
+    }
+    return yaml.safe_dump(tree, sort_keys=False)
