@@ -17,7 +17,7 @@ PLACES = {
 
 
 class LoraLinear(nn.Module):
-    """A frozen product plus `scale * up(down(x))`. As made here nothing is added."""
+    """A frozen product plus `up(scale * down(x))`. As made here nothing is added."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class LoraLinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        added = functional.linear(functional.linear(x, self.down), self.up)
-        made: Tensor = self.base(x) + self.scale * added
-        return made
+        """[n, n_in] -> [n, n_out]"""
+        low = functional.linear(x, self.down) * self.scale
+        return torch.addmm(self.base(x), low, self.up.mT)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -22,6 +22,7 @@ from ..core.stage import LayerPolicy
 from ..kernels.ops import Rope, choose_pages, whole_pages
 from ..kernels.reference import attended_keys
 from .bookmarks import Bookmarks, attend_own_page, project
+from .sparse_attention import GroupKeys, sparse_attention
 
 HEAD_TOKENS = 512
 """Tokens whose logits exist at a time."""
@@ -211,19 +212,11 @@ class SparseForward:
         groups: Groups,
         chosen: dict[tuple[int, int], list[int]],
     ) -> Tensor:
-        rope, policy = self.decoder.rope, self.policies[i]
         parts = []
         for group, (start, end) in enumerate(groups.spans):
-            ids, seen, positions, base = attended_keys(
-                start, end - start, chosen[i, group], policy
-            )
-            queries = rope.rotate(q[:, start:end], torch.arange(start, end) - base)
-            keys = rope.rotate(k[:, ids], positions - base)
-            mixed = functional.scaled_dot_product_attention(
-                queries[None], keys[None], v[None, :, ids], seen, scale=scale, enable_gqa=True
-            )
-            parts.append(mixed[0].transpose(0, 1))
-        return torch.cat(parts)
+            read = attended_keys(start, end - start, chosen[i, group], self.policies[i])
+            parts.append(GroupKeys(start, end, *read))
+        return sparse_attention(q, k, v, parts, self.decoder.rope, scale).transpose(0, 1)
 
 
 def _heads(layer: Any, tokens: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
