@@ -1,4 +1,4 @@
-"""What post-training over retrieved pages does to the embedded model: text and hidden facts, before and after.
+"""What post-training over retrieved pages does to the embedded model: text and facts, before and after.
 
     python -m benchmarks.post_train MODEL [--quick] [--only before] [--curve CURVE.json] [--bookmarks FILE]
 
@@ -6,11 +6,11 @@ MODEL is the folder that `longreach post-train` wrote. Each model reads the same
 budget, pages chosen as in training, and with dense attention. So what the model learnt of the text (both
 get better) stands apart from what it learnt of reading few pages (the first gains on the second).
 
-Text: the perplexity of one text of invented worlds with this repository's prose, and of one of documentation,
-neither trained on; since no token sees a later one, 4K and 8K are beginnings of one reading. Facts and needles: a
-fact counts as found where each token of its value, after the answer's opening words, is the likeliest one, which is what
-greedy decoding would say. The page choice for a value is that of the bookmark behind those words. Needles have
-the wordings of the training tasks with other things and numbers in other documents; facts have wordings of their own.
+Text: the perplexity of one text of invented worlds with this repository's prose, and of one of
+documentation, neither trained on; since no token sees a later one, 4K and 8K are beginnings of one reading.
+Facts and needles: a value counts as found where each of its tokens, after the answer's opening words, is the
+likeliest one, which is what greedy decoding would say. The bookmark behind those words chooses the pages for
+it. Needles have the wordings of the training tasks, in other documents; facts have wordings of their own.
 
 Rows of a run that was cut short are kept, where model and contexts are the same.
 """

@@ -59,7 +59,9 @@ class TrainView(RunProgress):
         measured = ("recall", "perplexity")
         found = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith(measured)]
         if found or self._due():
-            self._print(f"step {step} of {self._n_steps}: {', '.join(filter(None, (losses, *found)))}")
+            self._print(
+                f"step {step} of {self._n_steps}: {', '.join(filter(None, (losses, *found)))}"
+            )
 
     def _due(self) -> bool:
         now_s = time.monotonic()

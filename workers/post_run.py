@@ -64,7 +64,8 @@ def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
     if run.out.exists():
         raise AlreadyExists(f"{run.out} exists; give a folder that does not")
     directory = model_dir(run.model)
-    window = int(load_model_config(directory).max_position_embeddings)
+    config = load_model_config(directory)
+    window = int(config.max_position_embeddings)
     if run.data.context_tokens > window:
         raise InvalidInput(
             f"context-tokens is {run.data.context_tokens}, the model's window {window}: it was not trained "
@@ -73,9 +74,10 @@ def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
     checkpoint = run.work_dir / "post-training.safetensors"
     if run.resume and not checkpoint.is_file():
         raise InvalidInput(f"there is no checkpoint in {run.work_dir}; start without --resume")
-    use_threads(run.model.n_threads)
+    use_threads(run.model.n_threads, keep_blocks=False)
     bookmarks = load_bookmarks(run.bookmarks, directory)
     policies = policies_for(run.plan, bookmarks.shape.page_tokens)
+    layers = by_layer(policies, int(config.num_hidden_layers))
     if run.data.context_tokens <= run.plan.budget:
         progress.say("contexts are within the budget: every page is read, training is dense")
 
@@ -86,7 +88,7 @@ def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
         streams(run.data, documents, rows, builder, held_out=side) for side in (False, True)
     )
     decoder = decoder_of(directory)
-    forward = SparseForward(decoder, bookmarks, by_layer(policies, len(decoder.layers)))
+    forward = SparseForward(decoder, bookmarks, layers)
     training = PostTraining(forward, learned_of(decoder, run.plan), run.plan)
     made_of = {
         "model": weights_fingerprint(directory),

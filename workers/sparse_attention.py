@@ -1,8 +1,8 @@
 """Attention of groups of queries over keys of their own, with its gradient, in the memory of one group.
 
-Left to autograd, every group would keep its keys, values and probabilities, and each would add a tensor as long as the
-context to the gradient. Here logits are made again from the stored log-sum-exp, as in FlashAttention
-(arXiv 2205.14135, algorithm 4), and gradients are added where the keys stand.
+Left to autograd, every group would keep its keys, values and probabilities, and each would add a tensor as
+long as the context to the gradient. Here probabilities are made again from the stored log-sum-exp, as in
+FlashAttention (arXiv 2205.14135, algorithm 4), and gradients are added where the keys stand.
 """
 
 from __future__ import annotations

@@ -166,9 +166,7 @@ class SparseForward:
         page_k, page_v = (x[:, ids].transpose(0, 1) for x in (k, v))
         n_seen = (groups.positions + 1).clamp(max=page_tokens)
         scale = float(attention.scaling)
-        mixed = attend_own_page(
-            q, own_k, own_v, page_k, page_v, n_seen, self.decoder.rope, scale
-        )
+        mixed = attend_own_page(q, own_k, own_v, page_k, page_v, n_seen, self.decoder.rope, scale)
         marks = marks + attention.o_proj(mixed.flatten(1))
         return marks + layer.mlp(layer.post_attention_layernorm(marks))  # type: ignore[no-any-return]
 

@@ -11,11 +11,15 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
 
-def use_threads(n_threads: int) -> int:
-    """Threads of this process' arithmetic; 0 takes the cores it may run on. Returns the number."""
+def use_threads(n_threads: int, *, keep_blocks: bool = True) -> int:
+    """Threads of this process' arithmetic; 0 takes the cores it may run on. Returns the number.
+
+    keep_blocks: see `keep_large_blocks`; it costs memory where sizes differ much, as in training.
+    """
     n_threads = n_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(n_threads)
-    keep_large_blocks()
+    if keep_blocks:
+        keep_large_blocks()
     return n_threads
 
 

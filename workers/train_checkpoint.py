@@ -24,7 +24,9 @@ class Learning(Protocol):
     """A run as far as a checkpoint knows it."""
 
     step: int
-    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
     @property
     def plan(self) -> Schedule: ...

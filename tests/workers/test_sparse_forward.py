@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longreach.core.stage import DENSE, LayerPolicy
+from longreach.core.stage import DENSE
 from longreach.kernels.ops import PagedKV, Selection, attend_block
 from longreach.workers.bookmark_file import shape_for
 from longreach.workers.bookmarks import Bookmarks, run_bookmarks
@@ -129,7 +129,7 @@ def test_the_same_pages_give_what_the_engine_computes(directory: Path) -> None:
 def test_pages_are_chosen_by_the_bookmark_before_the_group(llama: Path) -> None:
     """By `run_bookmarks` over the keys and values that this very forward made, at any start."""
     forward, token_ids = forward_of(llama), text()
-    logits, chosen, groups = read(forward, token_ids, cuts=(645,))
+    _, chosen, groups = read(forward, token_ids, cuts=(645,))
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     whole = forward._sparse
 
@@ -250,6 +250,7 @@ def test_a_dense_policy_is_dense(llama: Path) -> None:
 
 def test_policies_say_what_the_budget_buys() -> None:
     dense, sparse = policies_for(PostPlan(), 128)
-    assert dense.dense and (dense.layers, sparse.layers) == ("0-1", "rest")
+    assert dense.dense
+    assert (dense.layers, sparse.layers) == ("0-1", "rest")
     assert (sparse.sink, sparse.window, sparse.stages[0].keep) == (128, 256, 1664)
-    assert isinstance(sparse, LayerPolicy) and sparse.by_bookmark
+    assert sparse.by_bookmark
