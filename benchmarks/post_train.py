@@ -39,7 +39,7 @@ from longreach.workers.post_training import PostPlan, by_layer, policies_for
 from longreach.workers.prompt import PromptBuilder
 from longreach.workers.sparse_forward import SparseForward, groups_of
 from longreach.workers.threads import use_threads
-from longreach.workers.train_data import Example, Question, package_documents
+from longreach.workers.train_data import PACKAGES, Example, Question, package_documents
 from longreach.workers.train_prompt import StreamBuilder
 from longreach.workers.train_streams import DataPlan, streams
 
@@ -83,12 +83,18 @@ class Context:
 # --- what is read ---------------------------------------------------------------------------------
 
 
-def contexts(prompts: PromptBuilder, lengths: Sequence[int], n_documents: int) -> Iterator[Context]:
-    """Texts of the greatest length, then tasks of every length."""
+def contexts(
+    prompts: PromptBuilder,
+    lengths: Sequence[int],
+    n_documents: int,
+    packages: Sequence[str] = PACKAGES,
+) -> Iterator[Context]:
+    """Texts of the greatest length, then tasks of every length. packages: whose held-out documentation is
+    read."""
     builder, longest = StreamBuilder(prompts), max(lengths)
     worlds = builder.build(Example("worlds", held_out_text(prompts.count, longest)))
     yield Context("worlds", f"worlds {longest}", worlds.token_ids[:longest])
-    own = package_documents()
+    own = package_documents(packages)
     for kind, task, sizes in (
         ("documentation", "text", (longest,)),
         ("needles", "needles", lengths),
@@ -238,7 +244,10 @@ def main(argv: Sequence[str]) -> None:
         shown.print(line, style="dim")
 
     prompts = PromptBuilder.from_config(config)
-    wanted = list(contexts(prompts, lengths, 1 if given.quick else given.documents))
+    if given.quick:
+        wanted = list(contexts(prompts, lengths, 1, ("rich",)))
+    else:
+        wanted = list(contexts(prompts, lengths, given.documents))
     for _ in run(models, wanted, lengths, PostPlan(budget=budget), result["rows"], say):
         write_result(path, result)
     for table in tables(result):

@@ -54,8 +54,8 @@ def post_train(
     alpha: Annotated[
         float, typer.Option(min=0.0, help="Of the adapters, whose part is scaled by alpha / rank.")
     ] = 32.0,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 24,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 24,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 20,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 20,
     context_tokens: Annotated[
         int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
     ] = 4096,
@@ -64,8 +64,8 @@ def post_train(
     ] = 2,
     per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 1e-3,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between perplexities.")] = 24,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 8,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between perplexities.")] = 10,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 5,
     work_dir: Annotated[Path, typer.Option(help="For the checkpoint.")] = Path(".longreach/train"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in --work-dir.")

@@ -51,7 +51,7 @@ class PostRun:
     data: DataPlan = field(default_factory=DataPlan)
     plan: PostPlan = field(default_factory=PostPlan)
     resume: bool = False
-    checkpoint_every: int = 8
+    checkpoint_every: int = 5
 
 
 def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:

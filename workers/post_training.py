@@ -27,7 +27,7 @@ REFRESH = 16
 class PostPlan(Schedule):
     """What a run does, apart from its data; a checkpoint fits only the plan it was made with."""
 
-    n_steps: int = 24
+    n_steps: int = 20
     learning_rate: float = 1e-3
     budget: int = 2048
     """Tokens that a layer reads at most: the first page, the window, the chosen pages."""
@@ -38,7 +38,7 @@ class PostPlan(Schedule):
     rank: int | None = 16
     """Of LoRA; None trains every weight."""
     alpha: float = 32.0
-    evaluate_every: int = 8
+    evaluate_every: int = 10
 
 
 def policies_for(plan: PostPlan, page_tokens: int) -> tuple[LayerPolicy, ...]:
