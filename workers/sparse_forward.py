@@ -27,6 +27,9 @@ from .sparse_attention import GroupKeys, sparse_attention
 HEAD_TOKENS = 512
 """Tokens whose logits exist at a time."""
 
+Chosen = dict[tuple[int, int], list[int]]
+"""(layer, group) -> first tokens of the pages chosen for it, ascending."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -78,13 +81,10 @@ class SparseForward:
         self._last = max(selecting, default=-1)
         """Bookmarks go no further than this layer."""
 
-    def hidden(
-        self, token_ids: Tensor, groups: Groups, chosen: dict[tuple[int, int], list[int]]
-    ) -> Tensor:
+    def hidden(self, token_ids: Tensor, groups: Groups, chosen: Chosen) -> Tensor:
         """token_ids int64 [T] -> last hidden states, normed [T, hidden].
 
-        chosen: (layer, group) -> first tokens of the pages chosen; what is there is kept, what is missing
-        is chosen and put there.
+        chosen: what is there is kept, what is missing is chosen and put there.
         """
         tokens = self.decoder.model.model.embed_tokens(token_ids)
         marks = self.bookmarks.embedding.detach().expand(len(groups.positions), -1)
@@ -127,7 +127,7 @@ class SparseForward:
         tokens: Tensor,
         marks: Tensor,
         groups: Groups,
-        chosen: dict[tuple[int, int], list[int]],
+        chosen: Chosen,
     ) -> tuple[Tensor, Tensor]:
         layer, policy = self.decoder.layers[i], self.policies[i]
         q, k, v = _heads(layer, tokens, self.bookmarks.shape.head_dim)
@@ -152,7 +152,7 @@ class SparseForward:
         k: Tensor,
         v: Tensor,
         groups: Groups,
-        chosen: dict[tuple[int, int], list[int]],
+        chosen: Chosen,
     ) -> Tensor:
         """Bookmarks through a layer [n, hidden]; on the way they choose its pages. k, v [Hkv, T, D]."""
         layer, page_tokens = self.decoder.layers[i], self.bookmarks.shape.page_tokens
@@ -176,7 +176,7 @@ class SparseForward:
         queries: Tensor,
         keys: Tensor,
         groups: Groups,
-        chosen: dict[tuple[int, int], list[int]],
+        chosen: Chosen,
     ) -> None:
         policy, page_tokens = self.policies[i], self.bookmarks.shape.page_tokens
         weights = (float(self.bookmarks.log_scale[i]), float(self.bookmarks.nearness[i]))
@@ -208,7 +208,7 @@ class SparseForward:
         v: Tensor,
         scale: float,
         groups: Groups,
-        chosen: dict[tuple[int, int], list[int]],
+        chosen: Chosen,
     ) -> Tensor:
         parts = []
         for group, (start, end) in enumerate(groups.spans):

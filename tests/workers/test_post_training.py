@@ -32,7 +32,7 @@ from longreach.workers.train_run import Progress, Sources
 from longreach.workers.train_streams import DataPlan
 
 from .test_train_data import sentences
-from .tiny import VOCAB, hf_logits, make_tiny
+from .tiny import VOCAB, answers, hf_greedy, hf_logits, make_engine, make_tiny, prompts_of
 
 PAGE = 64
 PLAN = PostPlan(n_steps=4, budget=384, window=128, dense_layers="0", rank=4, evaluate_every=2)
@@ -193,6 +193,8 @@ def test_the_folder_is_a_model_with_its_bookmarks(small: PostRun, directory: Pat
     config = load_config([small.out / SERVE], [])
     assert bookmarks_of(config) is not None
     assert policies_of(config, 3) == by_layer(policies_for(PLAN, PAGE), 3)
+    prompts = prompts_of(300, 130)  # within the budget: what dense attention says
+    assert answers(make_engine(config), prompts, 4) == hf_greedy(small.out, prompts, 4)
     with pytest.raises(AlreadyExists, match="exists"):
         run_post_training(small, Progress())
 
