@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 import typer
-import yaml
 
 from .. import __version__
-from ..core.config import config_dict, load_config
+from ..core.config import config_dict, config_text, load_config
 from .cli_ask import generate
 from .cli_base import Commands, ConfigFiles, Sets, out
 from .cli_demo import ask_dense, demo
@@ -49,7 +48,7 @@ app.command("post-train")(post_train)
 def config_show(config: ConfigFiles = [], set_: Sets = []) -> None:  # noqa: B006
     """Print the resolved configuration as YAML: files, then --set, then defaults."""
     tree = config_dict(load_config(config, set_))
-    out.print(yaml.safe_dump(tree, sort_keys=False), end="", markup=False, soft_wrap=True)
+    out.print(config_text(tree), end="", markup=False, soft_wrap=True)
 
 
 @app.command()

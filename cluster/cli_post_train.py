@@ -12,31 +12,29 @@ from rich.table import Table
 from ..core.config import Config, load_config
 from ..core.errors import ConfigError
 from .cli_base import ConfigFiles, Sets, out
+from .cli_train_options import (
+    TASKS,
+    CheckpointEvery,
+    Contexts,
+    ContextTokens,
+    DataFiles,
+    LearningRate,
+    Packages,
+    PerStep,
+    Resume,
+    Seed,
+    Steps,
+    Tasks,
+    TextPaths,
+)
 
 
 def post_train(
     out_folder: Annotated[Path, typer.Option("--out", help="Where the new model goes: a folder.")],
-    data: Annotated[
-        list[Path],
-        typer.Option(help="JSONL of context, question, and answer or gold; may be repeated."),
-    ] = [],  # noqa: B006
-    text: Annotated[
-        list[Path], typer.Option(help="Text file, or folder of them; may be repeated.")
-    ] = [],  # noqa: B006
-    packages: Annotated[
-        list[str],
-        typer.Option(
-            "--package",
-            help="Installed package whose documentation is read, 'python' for its own library; may be "
-            "repeated. Without any data, text and package: a fixed few.",
-        ),
-    ] = [],  # noqa: B006
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="What is done with text, in turn: text, needle, needles, key-value, sentences."
-        ),
-    ] = "text,needles,text,key-value,text,sentences",
+    data: DataFiles = [],  # noqa: B006
+    text: TextPaths = [],  # noqa: B006
+    packages: Packages = [],  # noqa: B006
+    tasks: Tasks = TASKS,
     budget: Annotated[
         int,
         typer.Option(
@@ -54,26 +52,22 @@ def post_train(
     alpha: Annotated[
         float, typer.Option(min=0.0, help="Of the adapters, whose part is scaled by alpha / rank.")
     ] = 32.0,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 20,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 20,
-    context_tokens: Annotated[
-        int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
-    ] = 4096,
+    steps: Steps = 20,
+    contexts: Contexts = 20,
+    context_tokens: ContextTokens = 4096,
     held_out: Annotated[
         int, typer.Option(min=0, help="Contexts of other documents, to measure perplexity on.")
     ] = 2,
-    per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 1e-3,
+    per_step: PerStep = 1,
+    learning_rate: LearningRate = 1e-3,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between perplexities.")] = 10,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 5,
+    checkpoint_every: CheckpointEvery = 5,
     work_dir: Annotated[Path, typer.Option(help="For the checkpoint.")] = Path(".longreach/train"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --work-dir.")
-    ] = False,
+    resume: Resume = False,
     curve: Annotated[
         Path | None, typer.Option(help="JSON file for losses and perplexity by step.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     config: ConfigFiles = [],  # noqa: B006
     set_: Sets = [],  # noqa: B006
 ) -> None:

@@ -11,62 +11,56 @@ import typer
 from ..core.config import load_config
 from ..core.errors import InvalidInput
 from .cli_base import ConfigFiles, Sets, out
+from .cli_train_options import (
+    TASKS,
+    CheckpointEvery,
+    Contexts,
+    ContextTokens,
+    DataFiles,
+    LearningRate,
+    Packages,
+    PerStep,
+    Resume,
+    Seed,
+    Steps,
+    Tasks,
+    TextPaths,
+)
 
 LOSSES = ("kl", "contrastive", "both")
 
 
 def train_retriever(
     out_file: Annotated[Path, typer.Option("--out", help="Where the weights go: .safetensors.")],
-    data: Annotated[
-        list[Path],
-        typer.Option(help="JSONL of context, question, and answer or gold; may be repeated."),
-    ] = [],  # noqa: B006
-    text: Annotated[
-        list[Path], typer.Option(help="Text file, or folder of them; may be repeated.")
-    ] = [],  # noqa: B006
-    packages: Annotated[
-        list[str],
-        typer.Option(
-            "--package",
-            help="Installed package whose documentation is read, 'python' for its own library; may be "
-            "repeated. Without any data, text and package: a fixed few.",
-        ),
-    ] = [],  # noqa: B006
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="What is done with text, in turn: text, needle, needles, key-value, sentences."
-        ),
-    ] = "text,needles,text,key-value,text,sentences",
+    data: DataFiles = [],  # noqa: B006
+    text: TextPaths = [],  # noqa: B006
+    packages: Packages = [],  # noqa: B006
+    tasks: Tasks = TASKS,
     loss: Annotated[
         str,
         typer.Option(help="kl: the dense model's attention; contrastive: gold pages; or both."),
     ] = "kl",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 700,
+    steps: Steps = 700,
     rank: Annotated[
         int, typer.Option(min=0, help="Of what is added to the projections; 0: whole matrices.")
     ] = 32,
-    contexts: Annotated[int, typer.Option(min=1, help="Contexts to train on.")] = 32,
-    context_tokens: Annotated[
-        int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
-    ] = 4096,
+    contexts: Contexts = 32,
+    context_tokens: ContextTokens = 4096,
     held_out: Annotated[
         int, typer.Option(min=0, help="Contexts of other documents, to measure recall on.")
     ] = 8,
-    per_step: Annotated[int, typer.Option(min=1, help="Contexts per step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="At its highest.")] = 3e-3,
+    per_step: PerStep = 1,
+    learning_rate: LearningRate = 3e-3,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between recalls.")] = 100,
-    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    checkpoint_every: CheckpointEvery = 100,
     work_dir: Annotated[
         Path, typer.Option(help="Captured contexts (about 100 MB each) and the checkpoint.")
     ] = Path(".longreach/train"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --work-dir.")
-    ] = False,
+    resume: Resume = False,
     curve: Annotated[
         Path | None, typer.Option(help="JSON file for losses and recall by step.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Seed = 0,
     config: ConfigFiles = [],  # noqa: B006
     set_: Sets = [],  # noqa: B006
 ) -> None:

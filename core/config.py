@@ -346,6 +346,12 @@ def load_config(paths: Sequence[str | Path] = (), sets: Sequence[str] = ()) -> C
     return _validate(tree, _source(paths) if not sets else "--set")
 
 
+def config_text(tree: dict[str, Any]) -> str:
+    """The YAML of a configuration, or of a part of one, which `load_config` reads."""
+    text: str = yaml.safe_dump(tree, sort_keys=False)
+    return text
+
+
 def _source(paths: Sequence[str | Path]) -> str:
     return ", ".join(str(p) for p in paths) or "configuration"
 

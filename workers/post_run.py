@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from ..core.config import Config, ModelConfig
+from ..core.config import Config, ModelConfig, config_text
 from ..core.errors import AlreadyExists, InvalidInput
 from ..core.stage import DENSE, LayerPolicy
 from .bookmark_file import fingerprint, load_bookmarks, save_bookmarks, weights_fingerprint
@@ -235,4 +234,4 @@ def _serving(folder: Path, policies: Sequence[LayerPolicy], bookmarks: Bookmarks
             "policies": [p.model_dump(mode="json", exclude_defaults=True) for p in policies]
         },
     }
-    return yaml.safe_dump(tree, sort_keys=False)
+    return config_text(tree)

@@ -1,0 +1,42 @@
+"""Options that the two kinds of training share: what is read, how much of it, where a run stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DataFiles = Annotated[
+    list[Path],
+    typer.Option("--data", help="JSONL of context, question, and answer or gold; may be repeated."),
+]
+TextPaths = Annotated[
+    list[Path], typer.Option("--text", help="Text file, or folder of them; may be repeated.")
+]
+Packages = Annotated[
+    list[str],
+    typer.Option(
+        "--package",
+        help="Installed package whose documentation is read, 'python' for its own library; may be "
+        "repeated. Without any data, text and package: a fixed few.",
+    ),
+]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="What is done with text, in turn: text, needle, needles, key-value, sentences."
+    ),
+]
+Contexts = Annotated[int, typer.Option(min=1, help="Contexts to train on.")]
+ContextTokens = Annotated[
+    int, typer.Option(min=1024, help="Tokens of a context, at most the model's window.")
+]
+PerStep = Annotated[int, typer.Option(min=1, help="Contexts per step.")]
+LearningRate = Annotated[float, typer.Option(min=0.0, help="At its highest.")]
+Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
+CheckpointEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --work-dir.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+TASKS = "text,needles,text,key-value,text,sentences"
