@@ -332,6 +332,8 @@ def main(argv: Sequence[str]) -> int:
                 out.print(f"{n_contexts} contexts of {n_pages:,} pages")
                 seconds = 0.5 if arguments.quick else arguments.seconds
                 result["queries"].append(queries(remote, n_pages, n_contexts, seconds))
+    path = result_path(arguments, "retriever")
+    write_result(path, result)
     model, prompts = load_model(config)
     model.eos_token_ids = frozenset()
     text = build_text(prompts.count, 5, arguments.tokens or (2000 if arguments.quick else 4000))
@@ -341,8 +343,8 @@ def main(argv: Sequence[str]) -> int:
         out.print("the document is read")
         session.ask(asked[:1], 2, out.print)
         result["decode"] = latencies(worker, asked, n_new, out.print)
+        write_result(path, result)
         result["killed"] = killed(worker, asked, n_new, out.print)
-    path = result_path(arguments, "retriever")
     write_result(path, result)
     for table in tables(result):
         out.print(table)
