@@ -183,9 +183,11 @@ def run(
     lengths: Sequence[int],
     plan: PostPlan,
     rows: list[Row],
+    commit: Any,
     say: Say,
 ) -> Iterator[list[Row]]:
-    """models: "before" and "after" -> folder and bookmarks. Rows so far, after each; those there are kept."""
+    """models: "before" and "after" -> folder and bookmarks. Rows so far, after each; those there are kept,
+    with the commit that measured them."""
     for when, (folder, weights) in models.items():
         named = {"when": when, "model": weights_fingerprint(folder), "budget": plan.budget}
         made: dict[str, SparseForward] = {}
@@ -198,7 +200,8 @@ def run(
                 started_s = time.monotonic()
                 found = measure(made[how], context, lengths)
                 took_s = round(time.monotonic() - started_s, 1)
-                rows.append(about | {"tokens": len(context.token_ids)} | found | {"s": took_s})
+                rows.append(about | {"tokens": len(context.token_ids)} | found)
+                rows[-1] |= {"s": took_s, "commit": commit}
                 say(f"{when}, {context.name}, {how}: {_said(found)} ({took_s:.0f} s)")
                 yield rows
 
@@ -248,7 +251,8 @@ def main(argv: Sequence[str]) -> None:
         wanted = list(contexts(prompts, lengths, 1, ("rich",)))
     else:
         wanted = list(contexts(prompts, lengths, given.documents))
-    for _ in run(models, wanted, lengths, PostPlan(budget=budget), result["rows"], say):
+    plan, commit = PostPlan(budget=budget), result["commit"]
+    for _ in run(models, wanted, lengths, plan, result["rows"], commit, say):
         write_result(path, result)
     for table in tables(result):
         shown.print(table)

@@ -62,38 +62,51 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def lines(result: Row) -> Iterator[str]:
-    """What sparsity costs, before and after: the part that is not the text's."""
-    for (kind, n), by_side in perplexities(result).items():
-        costs = [
-            f"{by_side[when, 'sparse'] / by_side[when, 'dense'] - 1:+.2%} {when}"
+def costs(result: Row) -> dict[tuple[str, int], dict[str, float]]:
+    """(kind, length) -> when -> by how much of the dense perplexity the budget raises it: the part that is not
+    the text's."""
+    return {
+        at: {
+            when: by_side[when, "sparse"] / by_side[when, "dense"] - 1
             for when in ("before", "after")
-            if (when, "sparse") in by_side and (when, "dense") in by_side
-        ]
-        yield f"{kind}, {n:,} tokens: the budget costs {', '.join(costs)}"
+            if {(when, "sparse"), (when, "dense")} <= by_side.keys()
+        }
+        for at, by_side in perplexities(result).items()
+    }
+
+
+def lines(result: Row) -> Iterator[str]:
+    for (kind, n), found in costs(result).items():
+        said = ", ".join(f"{cost:+.2%} {when}" for when, cost in found.items())
+        yield f"{kind}, {n:,} tokens: the budget costs {said}"
 
 
 def draw(result: Row, path: Path) -> Path | None:
-    """Loss by step, perplexity and values found. None without matplotlib."""
+    """Loss by step, perplexity, what the budget costs, values found. None without matplotlib."""
     plot = harness.pyplot()
     if plot is None:
         return None
-    figure, (left, middle, right) = plot.subplots(1, 3, figsize=(14, 4))
+    figure, ((loss, text), (cost, tasks)) = plot.subplots(2, 2, figsize=(12, 7.5))
     curve = [row for row in result.get("curve", []) if "loss" in row]
-    left.plot([row["step"] for row in curve], [row["loss"] for row in curve], "-o", markersize=3)
-    left.set(title="training loss, a context each", xlabel="step", ylabel="nats per token")
-    texts = perplexities(result)
-    _bars(middle, {f"{kind}\n{n // 1024}K": by_side for (kind, n), by_side in texts.items()})
-    lowest = min((v for by_side in texts.values() for v in by_side.values()), default=1.0)
-    middle.set(title=f"perplexity, budget {result['budget']:,}", ylim=(0.7 * lowest, None))
+    loss.plot([row["step"] for row in curve], [row["loss"] for row in curve], "-o", markersize=3)
+    loss.set(title="training loss, a context each", xlabel="step", ylabel="nats per token")
+    colours = dict(zip(SIDES, ("#9ecae1", "#3182bd", "#fdae6b", "#e6550d"), strict=True))
+    _bars(text, {_name(at): by_side for at, by_side in perplexities(result).items()}, colours)
+    text.set(title=f"perplexity, budget {result['budget']:,}")
     shares = {
-        f"{kind}\n{n // 1024}K": {side: cell[0] / cell[1] for side, cell in found.items()}
-        for (kind, n), found in hits(result).items()
+        _name(at): {side: cell[0] / cell[1] for side, cell in found.items()}
+        for at, found in hits(result).items()
     }
-    _bars(right, shares)
-    right.set(title="values found", ylim=(0, 1.05))
-    middle.legend(fontsize=8)
-    for axes in (left, middle, right):
+    _bars(tasks, shares, colours)
+    tasks.set(title="values found", ylim=(0, 1.05))
+    percent = {
+        _name(at): {(when, "sparse"): 100 * value for when, value in found.items()}
+        for at, found in costs(result).items()
+    }
+    _bars(cost, percent, {side: colours[side] for side in SIDES if side[1] == "sparse"})
+    cost.set(title="perplexity that the budget costs", ylabel="% of dense")
+    text.legend(fontsize=8)
+    for axes in (loss, text, cost, tasks):
         axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -101,10 +114,18 @@ def draw(result: Row, path: Path) -> Path | None:
     return path
 
 
-def _bars(axes: Any, groups: dict[str, dict[tuple[str, str], float]]) -> None:
-    colours = ("#9ecae1", "#3182bd", "#fdae6b", "#e6550d")
-    for i, side in enumerate(SIDES):
-        places = [group + 0.2 * (i - 1.5) for group in range(len(groups))]
+def _name(at: tuple[str, int]) -> str:
+    return f"{at[0]}\n{at[1] // 1024}K"
+
+
+def _bars(
+    axes: Any,
+    groups: dict[str, dict[tuple[str, str], float]],
+    colours: dict[tuple[str, str], str],
+) -> None:
+    width = 0.8 / len(colours)
+    for i, (side, colour) in enumerate(colours.items()):
+        places = [group + width * (i - (len(colours) - 1) / 2) for group in range(len(groups))]
         heights = [by_side.get(side, 0.0) for by_side in groups.values()]
-        axes.bar(places, heights, 0.19, color=colours[i], label=", ".join(side))
+        axes.bar(places, heights, 0.95 * width, color=colour, label=", ".join(side))
     axes.set_xticks(range(len(groups)), list(groups))
