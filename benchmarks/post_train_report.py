@@ -63,8 +63,8 @@ def _number(value: float | None) -> str:
 
 
 def costs(result: Row) -> dict[tuple[str, int], dict[str, float]]:
-    """(kind, length) -> when -> by how much of the dense perplexity the budget raises it: the part that is not
-    the text's."""
+    """(kind, length) -> when -> by how much of the dense perplexity the budget raises it: the part that is
+    not the text's."""
     return {
         at: {
             when: by_side[when, "sparse"] / by_side[when, "dense"] - 1
