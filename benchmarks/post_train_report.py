@@ -63,7 +63,7 @@ def _number(value: float | None) -> str:
 
 
 def costs(result: Row) -> dict[tuple[str, int], dict[str, float]]:
-    """(kind, length) -> when -> by how much of the dense perplexity the budget raises it: the part that is
+    """(kind, length) -> when -> the share by which the budget raises the dense perplexity: the part that is
     not the text's."""
     return {
         at: {
