@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class ClientMemory:
         """Index of the memory that was added under this name."""
         return self._mapped.get(name)
 
-    def add(self, name: str, slots: Bytes, store_id: str = "") -> int:
+    def add(self, name: str, slots: Bytes, store_id: str) -> int:
         """A mapped arena or disk file, uint8 [n_slots, page_nbytes]. Returns its index. name: of the
         store's incarnation and which of the two it is."""
         with self._lock:
@@ -76,23 +76,23 @@ class ClientMemory:
                 else:
                     self._retired.setdefault(index, float("inf"))
 
-    def sweep(self, in_use: Container[int], now_s: float, grace_s: float) -> int:
+    def sweep(self, in_use: Callable[[], Container[int]], now_s: float, grace_s: float) -> None:
         """Gives back retired memories that no handle has pointed into for grace_s, which is longer than a
-        call takes that got its pages before and has made no handle yet. Returns how many."""
-        n_gone = 0
+        call takes that got its pages before and has made no handle yet. in_use: looks through all handles,
+        so it is called only if a memory is retired."""
+        if not self._retired:
+            return
+        used = in_use()
         with self._lock:
             for index, since_s in list(self._retired.items()):
-                if index in in_use:
+                if index in used:
                     self._retired[index] = float("inf")
                 elif since_s > now_s:
                     self._retired[index] = now_s
                 elif now_s - since_s >= grace_s:
                     self.memories[index] = GONE
                     del self._retired[index], self._store_of[index]
-                    n_gone += 1
-            if n_gone:
-                self._mapped = {name: i for name, i in self._mapped.items() if i in self._store_of}
-        return n_gone
+            self._mapped = {name: i for name, i in self._mapped.items() if i in self._store_of}
 
     def page(self, memory: int, slot: int) -> Bytes:
         """uint8 [page_nbytes], a view."""

@@ -308,7 +308,7 @@ class PageClient:
                     self._renew()
                 self._pool.release_again()
                 now_s = self._clock.monotonic_s()
-                self._memory.sweep(self._rows.memories(), now_s, 2 * self._timeout_s)
+                self._memory.sweep(self._rows.memories, now_s, 2 * self._timeout_s)
             except Exception:
                 logger.exception("page maintenance failed; it goes on")
 

@@ -147,8 +147,9 @@ class BookmarkIndex:
         and when. Intervals are the shortest of all layers.
         """
         wanted = []
-        for row in rows:
-            if self._due(row):
+        due = [(row, self._due(row)) for row in rows]
+        for row, layers in due:
+            if layers:
                 while not self.bring_up(row, row.n_done // self.page_tokens):
                     pass  # pages that decode completed: never many
             at = max(row.n_prompt, row.n_done // self._refresh * self._refresh)
@@ -159,7 +160,7 @@ class BookmarkIndex:
             for i, (row, at) in enumerate(wanted):
                 row.bookmark = (at, queries[:, i])
         if self.ahead is not None:
-            self.ahead.ask((row, layer) for row in rows for layer in self._due(row))
+            self.ahead.ask((row, layer) for row, layers in due for layer in layers)
 
     def _due(self, row: Row) -> list[int]:
         """Layers that choose pages anew with the row's next token."""
