@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +25,8 @@ from .cli_train_options import (
     Steps,
     Tasks,
     TextPaths,
+    data_plan,
+    sources_of,
 )
 
 
@@ -78,9 +79,7 @@ def post_train(
     """
     from ..workers.post_run import PostRun, run_post_training
     from ..workers.post_training import PostPlan
-    from ..workers.train_run import Sources
-    from ..workers.train_streams import DataPlan
-    from .train_view import TrainView, write_curve
+    from .train_view import watched
 
     settings = load_config(config, set_)
     run = PostRun(
@@ -88,14 +87,8 @@ def post_train(
         work_dir=work_dir,
         bookmarks=_bookmarks_of(settings),
         model=settings.model,
-        sources=Sources(tuple(packages), tuple(text), tuple(data)),
-        data=DataPlan(
-            n_contexts=contexts,
-            n_held_out=held_out,
-            context_tokens=context_tokens,
-            tasks=tuple(name.strip() for name in tasks.split(",")),
-            seed=seed,
-        ),
+        sources=sources_of(packages, text, data),
+        data=data_plan(contexts, held_out, context_tokens, tasks, seed),
         plan=PostPlan(
             n_steps=steps,
             n_contexts=per_step,
@@ -111,13 +104,8 @@ def post_train(
         resume=resume,
         checkpoint_every=checkpoint_every,
     )
-    view = TrainView(out, steps)
-    started_s = time.monotonic()
-    with view.shown():
-        card = run_post_training(run, view)
-    if curve is not None:
-        write_curve(curve, view.log)
-    out.print(_summary(out_folder, card, time.monotonic() - started_s))
+    card, took_s = watched(lambda view: run_post_training(run, view), steps, curve)
+    out.print(_summary(out_folder, card, took_s))
 
 
 def _bookmarks_of(config: Config) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,8 @@ from .cli_train_options import (
     Steps,
     Tasks,
     TextPaths,
+    data_plan,
+    sources_of,
 )
 
 LOSSES = ("kl", "contrastive", "both")
@@ -70,9 +71,8 @@ def train_retriever(
     same data is read once however many runs there are. Needs a CPU only.
     """
     from ..workers.train_retriever import TrainingPlan
-    from ..workers.train_run import Run, Sources, run_training
-    from ..workers.train_streams import DataPlan
-    from .train_view import TrainView, summary, write_curve
+    from ..workers.train_run import Run, run_training
+    from .train_view import summary, watched
 
     if loss not in LOSSES:
         raise InvalidInput(f"--loss is {loss!r}; it is one of {', '.join(LOSSES)}")
@@ -83,14 +83,8 @@ def train_retriever(
         out=out_file,
         work_dir=work_dir,
         model=model,
-        sources=Sources(tuple(packages), tuple(text), tuple(data)),
-        data=DataPlan(
-            n_contexts=contexts,
-            n_held_out=held_out,
-            context_tokens=context_tokens,
-            tasks=tuple(name.strip() for name in tasks.split(",")),
-            seed=seed,
-        ),
+        sources=sources_of(packages, text, data),
+        data=data_plan(contexts, held_out, context_tokens, tasks, seed),
         plan=TrainingPlan(
             n_steps=steps,
             n_contexts=per_step,
@@ -103,10 +97,5 @@ def train_retriever(
         resume=resume,
         checkpoint_every=checkpoint_every,
     )
-    view = TrainView(out, steps)
-    started_s = time.monotonic()
-    with view.shown():
-        card = run_training(run, view)
-    if curve is not None:
-        write_curve(curve, view.log)
-    out.print(summary(run, card, time.monotonic() - started_s))
+    card, took_s = watched(lambda view: run_training(run, view), steps, curve)
+    out.print(summary(run, card, took_s))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..workers.train_streams import DataPlan
+    from ..workers.training_run import Sources
 
 DataFiles = Annotated[
     list[Path],
@@ -40,3 +45,22 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoin
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 TASKS = "text,needles,text,key-value,text,sentences"
+
+
+def sources_of(packages: Sequence[str], text: Sequence[Path], data: Sequence[Path]) -> Sources:
+    from ..workers.training_run import Sources
+
+    return Sources(tuple(packages), tuple(text), tuple(data))
+
+
+def data_plan(contexts: int, held_out: int, context_tokens: int, tasks: str, seed: int) -> DataPlan:
+    """tasks: names with commas between."""
+    from ..workers.train_streams import DataPlan
+
+    return DataPlan(
+        n_contexts=contexts,
+        n_held_out=held_out,
+        context_tokens=context_tokens,
+        tasks=tuple(name.strip() for name in tasks.split(",")),
+        seed=seed,
+    )

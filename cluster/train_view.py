@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..workers.bookmark_file import Card
-from ..workers.train_run import Progress as RunProgress
 from ..workers.train_run import Run
+from ..workers.training_run import Progress as RunProgress
+from .cli_base import out
 
+Result = TypeVar("Result")
 SPOKEN_EVERY_S = 20.0
 """Between lines where there is no terminal to draw a bar on."""
 
@@ -72,6 +75,19 @@ class TrainView(RunProgress):
 
     def _print(self, line: str) -> None:
         self._bar.console.print(line, markup=False, soft_wrap=True)
+
+
+def watched(
+    train: Callable[[TrainView], Result], n_steps: int, curve: Path | None
+) -> tuple[Result, float]:
+    """What a run gives, and the seconds it took; losses by step go to a file if one is named."""
+    view = TrainView(out, n_steps)
+    started_s = time.monotonic()
+    with view.shown():
+        found = train(view)
+    if curve is not None:
+        write_curve(curve, view.log)
+    return found, time.monotonic() - started_s
 
 
 def summary(run: Run, card: Card, took_s: float) -> Table:

@@ -13,23 +13,21 @@ from typing import Any
 
 import torch
 
-from ..core.config import Config, ModelConfig, config_text
-from ..core.errors import AlreadyExists, InvalidInput
+from ..core.config import config_text
+from ..core.errors import AlreadyExists
 from ..core.stage import DENSE, LayerPolicy
 from .bookmark_file import fingerprint, load_bookmarks, save_bookmarks, weights_fingerprint
 from .bookmark_source import weights_file
 from .bookmarks import Bookmarks
 from .lora import add_lora, merge_lora
 from .model import ModelAdapter, load_model
-from .model_source import load_model_config, model_dir
+from .model_source import model_dir
 from .post_training import PostPlan, PostTraining, by_layer, perplexity, policies_for
-from .prompt import PromptBuilder
 from .sparse_forward import Decoder, SparseForward
 from .threads import use_threads
-from .train_checkpoint import load_checkpoint, save_checkpoint
-from .train_prompt import Stream, StreamBuilder
-from .train_run import Progress, Sources
-from .train_streams import DataPlan, streams
+from .train_checkpoint import load_checkpoint
+from .train_prompt import Stream
+from .training_run import Contexts, Progress, TrainingRun
 
 CARD = "post_training.json"
 BOOKMARKS = Path("retriever") / "bookmarks.safetensors"
@@ -38,18 +36,14 @@ SERVE = "longreach.yaml"
 _OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
-@dataclass(frozen=True)
-class PostRun:
-    """Everything a run is made of. out: the folder of the new model; bookmarks: weights, or "embedded"."""
+@dataclass(frozen=True, kw_only=True)
+class PostRun(TrainingRun):
+    """A run that makes a model. out: its folder; bookmarks: weights, or "embedded"."""
 
-    out: Path
-    work_dir: Path
+    CHECKPOINT = "post-training.safetensors"
+
     bookmarks: str
-    model: ModelConfig = field(default_factory=ModelConfig)
-    sources: Sources = field(default_factory=Sources)
-    data: DataPlan = field(default_factory=DataPlan)
     plan: PostPlan = field(default_factory=PostPlan)
-    resume: bool = False
     checkpoint_every: int = 5
 
 
@@ -59,33 +53,18 @@ def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
     Raises InvalidInput and its kind for data and settings that cannot be used (bookmarks of another model
     among them), AlreadyExists for a folder that is there, UnsupportedModel.
     """
-    run.data.check()
     if run.out.exists():
         raise AlreadyExists(f"{run.out} exists; give a folder that does not")
     directory = model_dir(run.model)
-    config = load_model_config(directory)
-    window = int(config.max_position_embeddings)
-    if run.data.context_tokens > window:
-        raise InvalidInput(
-            f"context-tokens is {run.data.context_tokens}, the model's window {window}: it was not trained "
-            "beyond it"
-        )
-    checkpoint = run.work_dir / "post-training.safetensors"
-    if run.resume and not checkpoint.is_file():
-        raise InvalidInput(f"there is no checkpoint in {run.work_dir}; start without --resume")
+    run.check(directory, "it was not trained beyond it")
     use_threads(run.model.n_threads, keep_blocks=False)
     bookmarks = load_bookmarks(run.bookmarks, directory)
     policies = policies_for(run.plan, bookmarks.shape.page_tokens)
-    layers = by_layer(policies, int(config.num_hidden_layers))
+    layers = by_layer(policies, bookmarks.shape.n_layers)
     if run.data.context_tokens <= run.plan.budget:
         progress.say("contexts are within the budget: every page is read, training is dense")
 
-    documents, rows, origin = run.sources.read()
-    progress.say(f"{len(documents):,} documents, {len(rows):,} questions")
-    builder = StreamBuilder(PromptBuilder(Config(model=run.model)))
-    own, held_out = (
-        streams(run.data, documents, rows, builder, held_out=side) for side in (False, True)
-    )
+    contexts = run.contexts(progress)
     decoder = decoder_of(directory)
     forward = SparseForward(decoder, bookmarks, layers)
     training = PostTraining(forward, learned_of(decoder, run.plan), run.plan)
@@ -94,7 +73,7 @@ def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
         "bookmarks": fingerprint(bookmarks).hex(),
         "data": asdict(run.data),
     }
-    _steps(run, training, own, held_out, checkpoint, made_of, progress)
+    _train(run, training, contexts, made_of, progress)
 
     merge_lora(decoder.layers)
     card = {
@@ -103,12 +82,12 @@ def run_post_training(run: PostRun, progress: Progress) -> dict[str, Any]:
         "bookmarks_fingerprint": made_of["bookmarks"],
         "plan": asdict(run.plan),
         "data": asdict(run.data),
-        "text": origin,
-        "contexts": len(own),
-        "tokens": sum(stream.n_tokens for stream in own),
+        "text": contexts.origin,
+        "contexts": len(contexts.own),
+        "tokens": sum(stream.n_tokens for stream in contexts.own),
         "perplexity": _perplexities(progress.log),
     }
-    return save_model(run, decoder, directory, policies, card)
+    return save_model(run, decoder, directory, bookmarks, policies, card)
 
 
 def decoder_of(directory: Path) -> Decoder:
@@ -126,38 +105,32 @@ def learned_of(decoder: Decoder, plan: PostPlan) -> dict[str, torch.nn.Parameter
     return dict(decoder.model.named_parameters())
 
 
-def _steps(
+def _train(
     run: PostRun,
     training: PostTraining,
-    own: Sequence[Stream],
-    held_out: Sequence[Stream],
-    checkpoint: Path,
+    contexts: Contexts,
     made_of: dict[str, Any],
     progress: Progress,
 ) -> None:
     """The first row of the log is the model as it was."""
-    plan = run.plan
     digest = hashlib.sha256()
-    for stream in (*own, *held_out):
+    for stream in (*contexts.own, *contexts.held_out):
         digest.update(stream.token_ids.tobytes())
     about = made_of | {"contexts": digest.hexdigest()}
+
+    def measure() -> dict[str, float]:
+        return _measured(training.forward, contexts.held_out) if contexts.held_out else {}
+
     if run.resume:
-        progress.log[:] = load_checkpoint(checkpoint, training, about)
+        progress.log[:] = load_checkpoint(run.checkpoint, training, about)
         progress.say(f"taken up at step {training.step}")
-    elif held_out:
-        row = {"step": 0.0, **_measured(training.forward, held_out)}
+    elif measured := measure():
+        row = {"step": 0, **measured}
         progress.log.append(row)
         progress.stepped(0, row)
-    while training.step < plan.n_steps:
-        row = {"rate": plan.rate(training.step)} | training.train_step(own)
-        row = {"step": float(training.step)} | row
-        last = training.step == plan.n_steps
-        if held_out and (last or training.step % plan.evaluate_every == 0):
-            row |= _measured(training.forward, held_out)
-        progress.log.append(row)
-        if last or training.step % run.checkpoint_every == 0:
-            save_checkpoint(checkpoint, training, about, progress.log)
-        progress.stepped(training.step, row)
+    run.take_steps(
+        training, lambda: training.train_step(contexts.own), measure, about, progress, first=1
+    )
 
 
 def _measured(forward: SparseForward, held_out: Sequence[Stream]) -> dict[str, float]:
@@ -188,6 +161,7 @@ def save_model(
     run: PostRun,
     decoder: Decoder,
     directory: Path,
+    bookmarks: Bookmarks,
     policies: Sequence[LayerPolicy],
     card: dict[str, Any],
 ) -> dict[str, Any]:
@@ -202,9 +176,8 @@ def save_model(
             shutil.copy(path, part)
     card = card | {"fingerprint": weights_fingerprint(part)}
     (part / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    loaded = load_bookmarks(run.bookmarks, directory)
-    _relabel(part / BOOKMARKS, loaded, run, card)
-    (part / SERVE).write_text(_serving(run.out.absolute(), policies, loaded), encoding="utf-8")
+    _relabel(part / BOOKMARKS, bookmarks, run, card)
+    (part / SERVE).write_text(_serving(run.out.absolute(), policies, bookmarks), encoding="utf-8")
     os.rename(part, run.out)
     return card
 

@@ -22,6 +22,8 @@ class Schedule:
     last_rate_share: float = 0.05
     """Of the learning rate, where the cosine ends."""
     seed: int = 0
+    evaluate_every: int
+    """Steps between measurements on held-out contexts."""
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: a linear warm-up, then a cosine."""

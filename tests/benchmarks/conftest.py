@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from longreach.workers.embedded import ensure_embedded_model
+
+from ..workers.trained import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.layer_types = None
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, directory)
+    copy_tokenizer(directory)
     return directory

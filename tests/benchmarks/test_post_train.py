@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from longreach.workers.bookmark_file import save_bookmarks, shape_for, weights_fingerprint
+from longreach.workers.bookmark_file import shape_for
 from longreach.workers.bookmarks import Bookmarks
 from longreach.workers.model_source import load_model_config
 from longreach.workers.post_training import PostPlan
 
 from ..workers.tiny import hf_greedy, hf_logits
+from ..workers.trained import save_for
 
 
 @pytest.fixture
@@ -30,10 +31,7 @@ def weights(tiny: Path, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     made = Bookmarks(shape_for(load_model_config(tiny), rank=2))
     made.embedding.data.normal_()
-    path = tmp_path / "tiny.safetensors"
-    found = weights_fingerprint(tiny)
-    save_bookmarks(path, made, model="tiny", model_fingerprint=found, training={}, recall={})
-    return path
+    return save_for(tmp_path / "tiny.safetensors", made, tiny)
 
 
 def test_a_value_is_found_where_greedy_decoding_says_it(

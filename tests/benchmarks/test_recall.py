@@ -10,9 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from longreach.workers.bookmark_file import save_bookmarks, shape_for, weights_fingerprint
+from longreach.workers.bookmark_file import shape_for
 from longreach.workers.bookmarks import Bookmarks
 from longreach.workers.model_source import load_model_config
+
+from ..workers.trained import save_for
 
 
 @pytest.fixture
@@ -25,16 +27,8 @@ def weights(tiny: Path, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     made = Bookmarks(shape_for(load_model_config(tiny), rank=2))
     made.embedding.data.normal_()
-    path = tmp_path / "tiny.safetensors"
-    save_bookmarks(
-        path,
-        made,
-        model="tiny",
-        model_fingerprint=weights_fingerprint(tiny),
-        training={},
-        recall={"recall all 0.333": 0.5, "recall far 0.333": 0.4},
-    )
-    return path
+    recall = {"recall all 0.333": 0.5, "recall far 0.333": 0.4}
+    return save_for(tmp_path / "tiny.safetensors", made, tiny, recall)
 
 
 def test_recall_is_counted_page_by_page(measure: ModuleType) -> None:

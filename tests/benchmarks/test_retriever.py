@@ -14,10 +14,12 @@ import torch
 
 from longreach.core.config import load_config
 from longreach.kvstore.transport import serve
-from longreach.workers.bookmark_file import save_bookmarks, shape_for, weights_fingerprint
+from longreach.workers.bookmark_file import shape_for
 from longreach.workers.bookmarks import Bookmarks
 from longreach.workers.model_source import load_model_config
 from longreach.workers.retriever_service import RetrieverService
+
+from ..workers.trained import save_for
 
 PRESET = """
 model: {{name: {model}}}
@@ -53,15 +55,7 @@ def preset(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bookmarks = Bookmarks(shape_for(load_model_config(tiny), rank=2))
     for parameter in bookmarks.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
-    weights = directory / "weights.safetensors"
-    save_bookmarks(
-        weights,
-        bookmarks,
-        model="tiny",
-        model_fingerprint=weights_fingerprint(tiny),
-        training={},
-        recall={},
-    )
+    weights = save_for(directory / "weights.safetensors", bookmarks, tiny)
     path = directory / "preset.yaml"
     path.write_text(PRESET.format(model=tiny, weights=weights))
     return path

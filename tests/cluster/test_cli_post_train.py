@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,32 +10,20 @@ import torch
 from typer.testing import CliRunner, Result
 
 from longreach.cluster.cli import app
-from longreach.workers.bookmark_file import save_bookmarks, shape_for, weights_fingerprint
+from longreach.workers.bookmark_file import shape_for, weights_fingerprint
 from longreach.workers.bookmarks import Bookmarks
-from longreach.workers.embedded import ensure_embedded_model
 from longreach.workers.model_source import load_model_config
 
 from ..workers.tiny import make_tiny
+from ..workers.trained import make_tiny_reader, river_texts, save_for
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With its bookmarks beside it."""
-    embedded = ensure_embedded_model()
-    vocab = int(json.loads((embedded / "config.json").read_text())["vocab_size"])
-    made = make_tiny("llama", tmp_path_factory.mktemp("tiny"), vocab_size=vocab, hidden_size=32)
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, made)
+    made = make_tiny_reader(tmp_path_factory.mktemp("tiny"), hidden_size=32)
     bookmarks = Bookmarks(shape_for(load_model_config(made), 128, 2))
-    save_bookmarks(
-        weights_of(made),
-        bookmarks,
-        model="tiny",
-        model_fingerprint=weights_fingerprint(made),
-        training={},
-        recall={},
-    )
+    save_for(weights_of(made), bookmarks, made)
     return made
 
 
@@ -46,12 +33,7 @@ def weights_of(model: Path) -> Path:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(30):
-        lines = [f"In year {1000 * i + n} the river ran past mill {n * i}." for n in range(60)]
-        (folder / f"{i}.txt").write_text(" ".join(lines))
-    return folder
+    return river_texts(tmp_path / "text")
 
 
 def train(model: Path, tmp_path: Path, *args: str) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,30 +10,18 @@ from typer.testing import CliRunner, Result
 
 from longreach.cluster.cli import app
 from longreach.workers.bookmark_file import load_bookmarks
-from longreach.workers.embedded import ensure_embedded_model
 
-from ..workers.tiny import make_tiny
+from ..workers.trained import make_tiny_reader, river_texts
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    embedded = ensure_embedded_model()
-    vocab = int(json.loads((embedded / "config.json").read_text())["vocab_size"])
-    made = make_tiny("llama", tmp_path_factory.mktemp("tiny"), vocab_size=vocab)
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, made)
-    return made
+    return make_tiny_reader(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(30):
-        lines = [f"In year {1000 * i + n} the river ran past mill {n * i}." for n in range(60)]
-        (folder / f"{i}.txt").write_text(" ".join(lines))
-    return folder
+    return river_texts(tmp_path / "text")
 
 
 def train(model: Path, tmp_path: Path, *args: str) -> Result:

@@ -24,8 +24,9 @@ from longreach.workers.retriever_service import RetrieverService
 from longreach.workers.row import Row, RowState
 from longreach.workers.scheduler import next_refresh, refresh_level
 
-from .test_bookmark_engine import make_bookmarks, save, step_until
+from .test_bookmark_engine import make_bookmarks, step_until
 from .tiny import answers, make_engine, make_tiny, prompts_of, request, run_all, tiny_config
+from .trained import save_for
 
 N_NEW = 60
 """Past the end of a page, which gets a bookmark that may be chosen."""
@@ -53,7 +54,7 @@ attention:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     directory = tmp_path_factory.mktemp("ahead")
     model = make_tiny("llama", directory / "model")
-    weights = save(directory / "w.safetensors", make_bookmarks(page_tokens=PAGE), model)
+    weights = save_for(directory / "w.safetensors", make_bookmarks(page_tokens=PAGE), model)
     preset = directory / "preset.yaml"
     preset.write_text(POLICIES.format(weights=weights))
 

@@ -14,7 +14,6 @@ from longreach.core.config import Config
 from longreach.core.errors import ConfigError
 from longreach.kernels import attend, score, select
 from longreach.kvstore.transport import serve
-from longreach.workers.bookmark_file import save_bookmarks, weights_fingerprint
 from longreach.workers.bookmark_index import BookmarkIndex
 from longreach.workers.bookmarks import Bookmarks, BookmarkShape
 from longreach.workers.cpu_executor import CpuExecutor
@@ -38,6 +37,7 @@ from .tiny import (
     store_pool,
     tiny_config,
 )
+from .trained import save_for
 
 N_NEW = 24
 PAGE = 128
@@ -69,15 +69,9 @@ def make_bookmarks(
     return bookmarks
 
 
-def save(path: Path, bookmarks: Bookmarks, model: Path) -> Path:
-    name = weights_fingerprint(model)
-    save_bookmarks(path, bookmarks, model="tiny", model_fingerprint=name, training={}, recall={})
-    return path
-
-
 def preset_for(model: Path, directory: Path, head_dim: int = 16) -> str:
     """A configuration that selects by bookmarks of this model."""
-    weights = save(directory / "weights.safetensors", make_bookmarks(head_dim=head_dim), model)
+    weights = save_for(directory / "weights.safetensors", make_bookmarks(head_dim=head_dim), model)
     path = directory / "preset.yaml"
     path.write_text(POLICIES.format(weights=weights))
     return str(path)
@@ -220,7 +214,7 @@ def test_pages_are_the_same_with_and_without_bookmarks_that_only_decode(
 def test_where_they_select_in_prefill_pages_bear_the_names_of_the_weights(
     config: Any, llama: Path, tmp_path: Path
 ) -> None:
-    other = save(tmp_path / "other.safetensors", make_bookmarks(seed=4), llama)
+    other = save_for(tmp_path / "other.safetensors", make_bookmarks(seed=4), llama)
     sets = [(), (f"retriever.weights={other}",)]
     names = {recipe_for(config(*s, *m)).fingerprint() for s in sets for m in ((), DECODE_ONLY)}
     assert len(names) == 3
@@ -262,7 +256,7 @@ def test_chunks_bank_and_companions_change_nothing(
     config: Any, llama: Path, watched: Watched, sets: tuple[str, ...], tmp_path: Path
 ) -> None:
     prompts = prompts_of(1500, 1210, shared=700)
-    whole = save(tmp_path / "whole.safetensors", make_bookmarks(rank=None), llama)
+    whole = save_for(tmp_path / "whole.safetensors", make_bookmarks(rank=None), llama)
     sets = tuple(one.format(whole=whole) if "{" in one else one for one in sets)
     form = [s for s in sets if s.startswith(("attention", "retriever"))]
     alone = [ask(make_engine(config(*form)), prompt)[0] for prompt in prompts]
@@ -458,9 +452,9 @@ def test_plain_torch_gives_the_kernels_tokens(config: Any, monkeypatch: pytest.M
 def test_weights_that_do_not_fit_are_refused_at_the_start(
     config: Any, llama: Path, tmp_path: Path
 ) -> None:
-    for_64 = save(tmp_path / "64.safetensors", make_bookmarks(page_tokens=64), llama)
+    for_64 = save_for(tmp_path / "64.safetensors", make_bookmarks(page_tokens=64), llama)
     other = make_tiny("mistral", tmp_path / "mistral")
-    of_other = save(tmp_path / "other.safetensors", make_bookmarks(), other)
+    of_other = save_for(tmp_path / "other.safetensors", make_bookmarks(), other)
     text = tmp_path / "text.safetensors"
     text.write_text("no weights")
     for path, words in (

@@ -25,7 +25,7 @@ from longreach.workers.engine import Engine
 from longreach.workers.model_source import recipe_for
 from longreach.workers.row import Row, RowState
 
-from .test_bookmark_engine import index_of, keys_of, save, step_until
+from .test_bookmark_engine import index_of, keys_of, step_until
 from .tiny import (
     StorePool,
     answers,
@@ -38,6 +38,7 @@ from .tiny import (
     store_pool,
     tiny_config,
 )
+from .trained import save_for
 
 N_NEW = 12
 PAGE, GROUP = 64, 18
@@ -71,7 +72,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     directory = tmp_path_factory.mktemp("groups")
     model = make_tiny("llama", directory / "model", head_dim=32)
     for seed in (3, 4):
-        weights = save(directory / f"{seed}.safetensors", bookmarks_for_64(seed), model)
+        weights = save_for(directory / f"{seed}.safetensors", bookmarks_for_64(seed), model)
         (directory / f"{seed}.yaml").write_text(POLICIES.format(weights=weights))
 
     def make(*sets: str, seed: int = 3) -> Config:

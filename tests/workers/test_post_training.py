@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,24 +13,30 @@ from longreach.core.config import ModelConfig, load_config
 from longreach.core.errors import AlreadyExists, ConfigError, FailedPrecondition, InvalidInput
 from longreach.workers.bookmark_file import (
     load_bookmarks,
-    save_bookmarks,
     shape_for,
     weights_fingerprint,
 )
 from longreach.workers.bookmark_source import bookmarks_of
 from longreach.workers.bookmarks import Bookmarks
-from longreach.workers.embedded import ensure_embedded_model
-from longreach.workers.lora import add_lora, merge_lora
+from longreach.workers.lora import merge_lora
 from longreach.workers.model_source import load_model_config, policies_of
-from longreach.workers.post_run import BOOKMARKS, SERVE, PostRun, decoder_of, run_post_training
+from longreach.workers.post_run import (
+    BOOKMARKS,
+    SERVE,
+    PostRun,
+    decoder_of,
+    learned_of,
+    run_post_training,
+)
 from longreach.workers.post_training import PostPlan, PostTraining, by_layer, policies_for
 from longreach.workers.sparse_forward import SparseForward, groups_of
 from longreach.workers.train_prompt import Ask, Stream
-from longreach.workers.train_run import Progress, Sources
 from longreach.workers.train_streams import DataPlan
+from longreach.workers.training_run import Progress, Sources
 
 from .test_train_data import sentences
 from .tiny import VOCAB, answers, hf_greedy, hf_logits, make_engine, make_tiny, prompts_of
+from .trained import Stop, StopAfter, make_tiny_reader, save_for
 
 PAGE = 64
 PLAN = PostPlan(n_steps=4, budget=384, window=128, dense_layers="0", rank=4, evaluate_every=2)
@@ -43,9 +47,7 @@ def bookmarks_for(directory: Path, path: Path) -> Path:
     made = Bookmarks(shape_for(load_model_config(directory), PAGE, 4))
     for parameter in made.parameters():
         parameter.data.normal_(std=0.2)
-    found = weights_fingerprint(directory)
-    save_bookmarks(path, made, model="tiny", model_fingerprint=found, training={}, recall={})
-    return path
+    return save_for(path, made, directory)
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +59,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the embedded one's tokenizer."""
-    embedded = ensure_embedded_model()
-    vocab = int(json.loads((embedded / "config.json").read_text())["vocab_size"])
-    made = make_tiny("llama", tmp_path_factory.mktemp("tiny"), vocab_size=vocab, hidden_size=32)
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, made)
-    return made
+    return make_tiny_reader(tmp_path_factory.mktemp("tiny"), hidden_size=32)
 
 
 def training_of(directory: Path, folder: Path, plan: PostPlan) -> PostTraining:
@@ -71,11 +67,7 @@ def training_of(directory: Path, folder: Path, plan: PostPlan) -> PostTraining:
     loaded = load_bookmarks(bookmarks_for(directory, folder / "b.safetensors"), directory)
     policies = by_layer(policies_for(plan, PAGE), len(decoder.layers))
     forward = SparseForward(decoder, loaded, policies)
-    if plan.rank is None:
-        decoder.model.requires_grad_(True)
-        return PostTraining(forward, dict(decoder.model.named_parameters()), plan)
-    torch.manual_seed(0)
-    return PostTraining(forward, add_lora(decoder.layers, plan.rank, plan.alpha), plan)
+    return PostTraining(forward, learned_of(decoder, plan), plan)
 
 
 def repeating(seed: int) -> Stream:
@@ -142,20 +134,6 @@ def small(directory: Path, tmp_path: Path) -> Iterator[PostRun]:
         checkpoint_every=2,
     )
     torch.set_num_threads(n_threads)
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Progress):
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._last = step
-
-    def stepped(self, step: int, row: dict[str, float]) -> None:
-        if step == self._last:
-            raise Stop
 
 
 def test_a_run_that_stops_goes_on_with_the_same_bits(small: PostRun) -> None:

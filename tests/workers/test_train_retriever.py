@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from longreach.core.config import Config, ModelConfig
 from longreach.core.errors import FailedPrecondition, InvalidInput
 from longreach.workers.bookmark_file import load_bookmarks, read_card, shape_for
 from longreach.workers.bookmarks import Bookmarks, run_bookmarks
-from longreach.workers.embedded import ensure_embedded_model
 from longreach.workers.model import ModelAdapter
 from longreach.workers.prompt import PromptBuilder
 from longreach.workers.train_capture import Capture, CaptureFolder
@@ -29,11 +27,12 @@ from longreach.workers.train_retriever import (
     grid_of,
     prepare,
 )
-from longreach.workers.train_run import Progress, Run, Sources, end_embedding, run_training
+from longreach.workers.train_run import Run, end_embedding, run_training
 from longreach.workers.train_streams import DataPlan, streams
+from longreach.workers.training_run import Progress, Sources
 
 from .test_train_data import sentences
-from .tiny import make_tiny
+from .trained import Stop, StopAfter, make_tiny_reader
 
 PAGE = 64
 
@@ -41,15 +40,7 @@ PAGE = 64
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with the embedded one's tokenizer."""
-    embedded = ensure_embedded_model()
-    vocab = int(json.loads((embedded / "config.json").read_text())["vocab_size"])
-    made = make_tiny(
-        "llama", tmp_path_factory.mktemp("tiny"), vocab_size=vocab, num_hidden_layers=4
-    )
-    for path in embedded.iterdir():
-        if path.name.startswith(("tokenizer", "special_tokens", "chat_template")):
-            shutil.copy(path, made)
-    return made
+    return make_tiny_reader(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")
@@ -186,20 +177,6 @@ def small(directory: Path, tmp_path: Path) -> Run:
         page_tokens=PAGE,
         checkpoint_every=2,
     )
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Progress):
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._last = step
-
-    def stepped(self, step: int, row: dict[str, float]) -> None:
-        if step == self._last:
-            raise Stop
 
 
 def test_a_run_that_stops_goes_on_with_the_same_bits(small: Run, directory: Path) -> None:
